@@ -1,0 +1,22 @@
+# Twostroke. `make run` and `make test` work from a bare clone with Python 3.11 to 3.13; PYTHON=... names another one.
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+PACKAGES := proto kernels engine services/chassis services/worker services/router services/prefill services/decode cli
+CODE := $(PACKAGES) deploy examples hatch_build.py
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+export PYTHON
+.PHONY: help setup run demo test quick lint format types arch check proto clean
+
+setup: ; @sh deploy/setup.sh                                       ## build .venv: packages, torch, protos (nothing to do: nothing done)
+run: setup ; @$(BIN)/twostroke up $(ARGS)                          ## start a cluster on this machine; ARGS="--prefill 2 --decode 2" adds flags
+demo: setup ; @$(BIN)/twostroke demo $(ARGS)                       ## start a cluster, ask it one question, stop it
+test: setup ; @$(PYTEST) $(ARGS)                                   ## every test
+quick: setup ; @$(PYTEST) -m "not slow and not e2e" $(ARGS)        ## the tests that take under two minutes together
+lint: setup ; @$(BIN)/ruff check . && $(BIN)/ruff format --check . ## style
+format: setup ; @$(BIN)/ruff check --fix . ; $(BIN)/ruff format .  ## mend style
+types: setup ; @$(BIN)/mypy $(CODE)                                ## mypy, strict
+arch: setup ; @$(BIN)/lint-imports                                 ## who may import whom
+check: lint types arch test                                        ## all of the above: what CI runs
+proto: setup ; @$(BIN)/python hatch_build.py                       ## generate Python from proto/
+clean: ; @rm -rf .venv .*_cache .hypothesis .run dist build proto/twostroke_proto/v1/*_pb2*  ## remove what setup, builds and tests made
+help: ; @sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "make %-8s %s\n", $$1, $$2 }'  ## this list

@@ -1,0 +1,76 @@
+"""`twostroke status`: who is there and how busy."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from twostroke_cli.client import RouterClient
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+WATCH_EVERY_S = 1.0
+
+
+async def print_status(http: str, as_json: bool) -> None:
+    """Prints the workers once."""
+    cluster = await RouterClient(http).cluster()
+    if as_json:
+        print(json.dumps({"model": cluster.get("model"), "workers": cluster["workers"]}, indent=1))
+        return
+    from rich.console import Console
+
+    Console().print(worker_table(cluster))
+
+
+async def watch_status(http: str) -> None:
+    """Shows the workers until the user has seen enough."""
+    from rich.live import Live
+
+    client = RouterClient(http)
+    with Live(worker_table(await client.cluster()), auto_refresh=False) as live:
+        while True:
+            await asyncio.sleep(WATCH_EVERY_S)
+            live.update(worker_table(await client.cluster()), refresh=True)
+
+
+def worker_table(cluster: Mapping[str, Any]) -> Table:
+    """One row for each worker."""
+    from rich.table import Table
+
+    table = Table(title=f"model {cluster.get('model')}", title_justify="left")
+    table.add_column("worker", no_wrap=True)
+    table.add_column("state")
+    for name in ("run", "wait", "step", "KV used/cached/total", "hit", "KV moved", "preempt"):
+        table.add_column(name, justify="right")
+    for worker in cluster["workers"]:
+        table.add_row(*worker_row(worker))
+    return table
+
+
+def worker_row(worker: Mapping[str, Any]) -> list[str]:
+    """The cells of one worker."""
+    load, blocks, hit_rate = worker["load"], worker["blocks"], worker.get("hit_rate")
+    return [
+        f"{worker['id']}",
+        f"{worker['state']}",
+        f"{load.get('running', 0)}",
+        f"{load.get('waiting', 0)}",
+        f"{1000 * load.get('step_s', 0.0):.0f} ms",
+        "/".join(f"{blocks.get(name, 0)}" for name in ("leased", "cached", "total")),
+        "-" if hit_rate is None else f"{100 * hit_rate:.0f} %",
+        in_bytes(worker.get("kv_bytes", 0)),
+        f"{worker.get('preemptions', 0)}",
+    ]
+
+
+def in_bytes(count: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

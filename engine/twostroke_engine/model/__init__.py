@@ -1,0 +1,1 @@
+"""Model families, built from layers that know neither rank, nor number format, nor device."""

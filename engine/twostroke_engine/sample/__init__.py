@@ -1,0 +1,1 @@
+"""From logits to tokens: adjustments of logits, sampling, logprobs."""

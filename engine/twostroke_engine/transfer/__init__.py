@@ -1,0 +1,1 @@
+"""Moving a prompt's KV from the worker that computed it to the one that decodes."""

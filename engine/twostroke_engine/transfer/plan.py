@@ -1,0 +1,154 @@
+"""What to send of a prompt, and when: segments that tile layers x blocks exactly once. Pure, torch-free.
+
+A prompt is computed in chunks and a chunk layer by layer, so its KV becomes ready as a staircase. `plan_transfer` cuts
+one chunk's part of it into segments, leaves out the blocks that decode holds already, and says after which layer of the
+forward pass each segment may go. `Tiling` is the receiver's proof that nothing is missing and nothing came twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from twostroke_engine.transfer.layout import KVLayout
+
+MAX_SEGMENT_BYTES = 32 << 20
+"""Larger segments gain no bandwidth and need a larger staging buffer on both sides."""
+
+BEFORE_STEP = -1
+"""As `after_layer`: ready without a forward pass (prefix hits)."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVSegment:
+    """One channel message: layers x blocks x heads; blocks are counted from the prompt's first."""
+
+    first_layer: int
+    num_layers: int
+    first_block: int
+    num_blocks: int
+    first_head: int
+    num_heads: int
+    after_layer: int = BEFORE_STEP
+    """It exists once the forward pass has written this layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVTransferPlan:
+    """A chunk's segments in the order in which they become ready."""
+
+    segments: tuple[KVSegment, ...]
+
+    def ready(self, num_sent: int, layer: int) -> tuple[KVSegment, ...]:
+        """Segments after the first `num_sent` that may go once `layer` was written."""
+        stop = num_sent
+        while stop < len(self.segments) and self.segments[stop].after_layer <= layer:
+            stop += 1
+        return self.segments[num_sent:stop]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkBlocks:
+    """Blocks of a prompt that one chunk makes ready: [first, hit) before the step, [hit, ready) layer by layer."""
+
+    first_block: int
+    num_hit_blocks: int
+    num_ready_blocks: int
+
+    def without(self, num_held_blocks: int) -> ChunkBlocks:
+        """The same, less the leading blocks that the receiver holds."""
+        first = max(self.first_block, num_held_blocks)
+        return ChunkBlocks(first, max(self.num_hit_blocks, first), max(self.num_ready_blocks, first))
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentShape:
+    """How large segments are."""
+
+    layout: KVLayout
+    layers_per_segment: int
+    max_bytes: int = MAX_SEGMENT_BYTES
+
+    def __post_init__(self) -> None:
+        if self.layers_per_segment < 1:
+            raise ValueError(f"layers_per_segment must be positive, not {self.layers_per_segment}")
+
+    def layer_groups(self, layers: int) -> Iterator[tuple[int, int]]:
+        """(first layer, how many) of groups of `layers` layers; the last one may be smaller."""
+        first, end = self.layout.first_layer, self.layout.first_layer + self.layout.num_layers
+        for start in range(first, end, layers):
+            yield start, min(layers, end - start)
+
+    def block_runs(self, first: int, end: int, num_layers: int) -> Iterator[tuple[int, int]]:
+        """(first block, how many) of runs of blocks [first, end) whose `num_layers` layers fit in a segment."""
+        run = max(1, self.max_bytes // (num_layers * self.layout.layer_block_bytes))
+        for start in range(first, end, run):
+            yield start, min(run, end - start)
+
+    def is_boundary(self, layer: int) -> bool:
+        """Whether a segment becomes ready by this layer."""
+        done = layer + 1 - self.layout.first_layer
+        return done % self.layers_per_segment == 0 or done == self.layout.num_layers
+
+
+def plan_transfer(shape: SegmentShape, chunk: ChunkBlocks, num_held_blocks: int) -> KVTransferPlan:
+    """Cuts one chunk into segments.
+
+    Args:
+        shape: layers of a segment, and its largest size.
+        chunk: what the chunk makes ready; consecutive chunks begin where the one before ended.
+        num_held_blocks: leading blocks of the prompt that the receiver has: not sent.
+    """
+    left = chunk.without(num_held_blocks)
+    hit_layers = shape.layout.num_layers
+    if hit_layers * shape.layout.layer_block_bytes > shape.max_bytes:
+        hit_layers = shape.layers_per_segment
+    segments = [*_cut(shape, left.first_block, left.num_hit_blocks, hit_layers, is_hit=True)]
+    segments += _cut(shape, left.num_hit_blocks, left.num_ready_blocks, shape.layers_per_segment, is_hit=False)
+    return KVTransferPlan(tuple(segments))
+
+
+def _cut(shape: SegmentShape, first: int, end: int, layers: int, *, is_hit: bool) -> Iterator[KVSegment]:
+    heads = (shape.layout.first_head, shape.layout.num_heads)
+    for first_layer, num_layers in shape.layer_groups(layers):
+        after = BEFORE_STEP if is_hit else first_layer + num_layers - 1
+        for first_block, num_blocks in shape.block_runs(first, end, num_layers):
+            yield KVSegment(first_layer, num_layers, first_block, num_blocks, *heads, after)
+
+
+class Tiling:
+    """Which cells (layer, block) of a prompt have arrived; blocks before `first_block` are not expected."""
+
+    def __init__(self, num_layers: int, first_block: int, num_blocks: int) -> None:
+        self._first_block = first_block
+        self._end_block = num_blocks
+        self._expected = (1 << num_blocks) - (1 << first_block)
+        self._layers = [0] * num_layers
+
+    @property
+    def is_complete(self) -> bool:
+        """Every expected cell has arrived, each once."""
+        return all(mask == self._expected for mask in self._layers)
+
+    def fits(self, segment: KVSegment) -> bool:
+        """Whether the segment lies inside and covers no cell that has arrived."""
+        if segment.num_layers < 1 or segment.num_blocks < 1 or segment.first_layer < 0:
+            return False
+        if segment.first_layer + segment.num_layers > len(self._layers) or segment.first_block < self._first_block:
+            return False
+        if segment.first_block + segment.num_blocks > self._end_block:
+            return False
+        return not any(mask & self._mask(segment) for mask in self._touched(segment))
+
+    def add(self, segment: KVSegment) -> None:
+        """Notes the arrival of a segment that fits."""
+        if not self.fits(segment):
+            raise ValueError(f"segment does not tile: {segment}")
+        for layer in range(segment.first_layer, segment.first_layer + segment.num_layers):
+            self._layers[layer] |= self._mask(segment)
+
+    def _touched(self, segment: KVSegment) -> list[int]:
+        return self._layers[segment.first_layer : segment.first_layer + segment.num_layers]
+
+    def _mask(self, segment: KVSegment) -> int:
+        return ((1 << segment.num_blocks) - 1) << segment.first_block

@@ -1,0 +1,329 @@
+"""`KVReceiver`: the transfer end of a decode worker. Leases live here, on the engine's thread; `ReceivePair`s write.
+
+A reservation waits its turn (first come, first served: a large one is not overtaken for ever), becomes a lease when
+capacity can be promised, gets blocks when the sender opens it, and ends in the engine's hands or freed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from itertools import count
+
+from twostroke_engine.kv.hashing import block_hashes
+from twostroke_engine.messages import LeaseGrant, PeerMessage, RequestEnd, RequestUpdate
+from twostroke_engine.request import ErrorCode, Request, RequestFacts
+from twostroke_engine.transfer.context import PROTOCOL_VERSION, TransferContext
+from twostroke_engine.transfer.end import DecodeHost
+from twostroke_engine.transfer.lease import LeaseState
+from twostroke_engine.transfer.mailbox import Mailbox
+from twostroke_engine.transfer.messages import (
+    AbortTransfer,
+    CommitTransfer,
+    OpenTransfer,
+    PairHello,
+    PairWelcome,
+    ReceiverMessage,
+    SegmentReady,
+    SenderMessage,
+    TransferClosed,
+    TransferOpened,
+)
+from twostroke_engine.transfer.outgoing import Outgoing
+from twostroke_engine.transfer.plan import Tiling
+from twostroke_engine.transfer.receive_pair import Ending, PairReports, ReceivePair, WriteEnd, WriteGrant
+from twostroke_engine.transfer.reservation import Reservation, WaitingRequest
+
+_JOIN_S = 0.5
+
+_ABORTS: dict[str, ErrorCode | None] = {"finished": None, "cancelled": ErrorCode.CANCELLED}
+"""What a sender's reason means here; any other is a failed transfer."""
+
+
+class KVReceiver:
+    """Takes prompts' KV from prefill workers; a `ReceivingEnd`."""
+
+    def __init__(self, context: TransferContext, host: DecodeHost, wake: Callable[[], None]) -> None:
+        self.kv_bytes = 0
+        self.digest_failures = 0
+        self._context = context
+        self._host = host
+        self._wake = wake
+        self._listener = context.channels.listen()
+        self._calls = Mailbox()
+        self._outgoing = Outgoing(wake)
+        self._numbers = count(1)
+        self._waiting: deque[WaitingRequest] = deque()
+        self._leases: dict[str, Reservation] = {}
+        self._pairs: dict[str, ReceivePair] = {}
+
+    @property
+    def num_open(self) -> int:
+        """Leases not yet closed."""
+        return len(self._leases)
+
+    @property
+    def num_waiting(self) -> int:
+        """Reservations that wait for capacity."""
+        return len(self._waiting)
+
+    # ---- the engine's thread -------------------------------------------------------------------------------------
+
+    def reserve(self, request: Request, ttl_s: float) -> None:
+        """Queues a reservation; the answer is a `RequestUpdate`, granted or ended."""
+        # One block of room to grow is part of the promise, so that the first decode step needs no one's block.
+        num_blocks = self._context.spec.num_blocks(request.num_prompt_tokens + 1)
+        if num_blocks > self._host.pool.num_blocks:
+            message = f"the prompt needs {num_blocks} KV blocks, this worker has {self._host.pool.num_blocks}"
+            self._report_end(request.id, ErrorCode.INVALID, message, RequestFacts())
+            return
+        self._waiting.append(WaitingRequest(request, ttl_s, num_blocks, self._context.clock()))
+        self._grant_waiting()
+
+    def receive(self, peer: str, message: SenderMessage | ReceiverMessage) -> None:
+        """Any thread: segments and what must stay in order with them go to the pair's thread, the rest to poll."""
+        pair = self._pairs.get(peer)
+        if isinstance(message, PairHello):
+            self._post(self._hello, peer, message)
+        elif isinstance(message, OpenTransfer):
+            self._post(self._open, peer, message)
+        elif isinstance(message, SegmentReady | CommitTransfer | AbortTransfer):
+            if pair is not None:
+                pair.post(pair.hear, message)
+            else:  # its greeting may still wait for this thread
+                self._post(self._pass_on, peer, message)
+
+    def peer_lost(self, peer: str, reason: str) -> None:
+        """Gives up every lease that the peer was filling."""
+        self._drop_pair(peer, reason or "the prefill worker's control stream ended")
+
+    def cancel(self, request_id: str) -> bool:
+        """Gives up what is open for a request; its end is reported once no one writes any more."""
+        waiting = [entry for entry in self._waiting if entry.request.id == request_id]
+        for entry in waiting:
+            self._waiting.remove(entry)
+            self._report_end(request_id, ErrorCode.CANCELLED, "cancelled", RequestFacts())
+        leases = [lease for lease in self._leases.values() if lease.request.id == request_id]
+        for lease in leases:
+            self._give_up(lease, ErrorCode.CANCELLED, "cancelled")
+        if waiting:
+            self._grant_waiting()
+        return bool(waiting or leases)
+
+    def poll(self, now_s: float) -> None:
+        """Takes in what the pairs did, expires what is overdue, grants what has become possible."""
+        self._calls.run_pending()
+        self._expire(self._context.clock())
+        self._grant_waiting()
+
+    def take_outgoing(self) -> list[PeerMessage]:
+        """Messages for prefill workers."""
+        return self._outgoing.take()
+
+    def deliver_to(self, deliver: Callable[[PeerMessage], None]) -> None:
+        """Messages go out as they are made."""
+        self._outgoing.deliver_to(deliver)
+
+    def close(self) -> None:
+        """Stops every pair and the listener."""
+        pairs = list(self._pairs.values())
+        for peer in list(self._pairs):
+            self._drop_pair(peer, "the decode worker stops")
+        self._listener.close()
+        for pair in pairs:
+            pair.join(_JOIN_S)
+
+    # ---- reservations --------------------------------------------------------------------------------------------
+
+    def _grant_waiting(self) -> None:
+        pool = self._host.pool
+        while self._waiting:
+            entry = self._waiting[0]
+            if not (self._host.may_promise(entry.num_blocks) and pool.promise(entry.num_blocks)):
+                return
+            self._waiting.popleft()
+            self._grant(entry)
+
+    def _grant(self, entry: WaitingRequest) -> None:
+        context = self._context
+        lease_id = f"{context.worker_id}-{context.worker_epoch:x}-{next(self._numbers)}"
+        reservation = Reservation(lease_id, entry, context.clock())
+        self._leases[lease_id] = reservation
+        granted = LeaseGrant(lease_id=lease_id, epoch=reservation.lease.epoch, ttl_s=entry.ttl_s)
+        self._host.report(RequestUpdate(request_id=entry.request.id, reserved=granted))
+
+    def _expire(self, now_s: float) -> None:
+        for entry in [entry for entry in self._waiting if entry.is_overdue(now_s)]:
+            self._waiting.remove(entry)
+            self._report_end(entry.request.id, ErrorCode.DEADLINE, "no capacity before the deadline", RequestFacts())
+        for reservation in list(self._leases.values()):
+            overdue = reservation.overdue(now_s, self._context.stall_timeout_s)
+            if overdue is not None:
+                self._give_up(reservation, *overdue)
+
+    # ---- messages of senders -------------------------------------------------------------------------------------
+
+    def _hello(self, peer: str, message: PairHello) -> None:
+        self._drop_pair(peer, "the prefill worker made a new pair")
+        refused = self._refusal(message)
+        if not refused:
+            reports = PairReports(
+                say=partial(self._outgoing.say, peer),
+                ended=partial(self._post, self._write_ended),
+                received=self._post_received,
+                broken=partial(self._post, self._pair_broken, peer, message.pair_id),
+            )
+            pair = self._pairs[peer] = ReceivePair(message.pair_id, self._context, self._listener, reports)
+            pair.start()
+        self._outgoing.say(
+            peer,
+            PairWelcome(
+                refused=refused,
+                worker_id=self._context.worker_id,
+                worker_epoch=self._context.worker_epoch,
+                channel=self._listener.endpoint,
+            ),
+        )
+
+    def _pass_on(self, peer: str, message: SegmentReady | CommitTransfer | AbortTransfer) -> None:
+        pair = self._pairs.get(peer)
+        if pair is not None:
+            pair.post(pair.hear, message)
+
+    def _refusal(self, message: PairHello) -> str:
+        context = self._context
+        if message.version != PROTOCOL_VERSION:
+            return f"transfer protocol {message.version}; this worker speaks {PROTOCOL_VERSION}"
+        if message.kv_fingerprint != context.spec.fingerprint():
+            return "the KV caches have different shapes"
+        if message.model_fingerprint != context.model_fingerprint:
+            return "the models differ"
+        scheme = self._listener.endpoint.partition("://")[0]
+        return "" if scheme in message.channels else f"no common channel; this worker has {scheme}"
+
+    def _open(self, peer: str, message: OpenTransfer) -> None:
+        pair, reservation = self._pairs.get(peer), self._leases.get(message.lease_id)
+        error = ""
+        if pair is None:
+            error = "no pair: its greeting was refused, or it broke"
+        elif reservation is None or not reservation.may_open(message.epoch):
+            error = "unknown lease, or not in this epoch"
+        elif message.num_tokens != reservation.request.num_prompt_tokens:
+            error = f"{message.num_tokens} tokens; the reservation is for {reservation.request.num_prompt_tokens}"
+        if error or pair is None or reservation is None:
+            closed = TransferClosed(lease_id=message.lease_id, epoch=message.epoch, error=error)
+            self._outgoing.say(peer, closed)
+            return
+        self._bind(reservation, peer, pair)
+        self._outgoing.say(
+            peer,
+            TransferOpened(lease_id=message.lease_id, epoch=message.epoch, num_held_blocks=reservation.num_held_blocks),
+        )
+
+    def _bind(self, reservation: Reservation, peer: str, pair: ReceivePair) -> None:
+        """The promise becomes blocks, in one breath; hits first, so that they are not evicted for the rest."""
+        pool, spec, request = self._host.pool, self._context.spec, reservation.request
+        num_blocks = spec.num_blocks(request.num_prompt_tokens)
+        hashes = block_hashes(request.token_ids, spec.block_size, request.cache_salt, request.adapter)
+        pool.withdraw(reservation.take_promise())
+        held = pool.match(hashes)
+        pool.acquire(held)
+        block_ids = (*held, *pool.allocate(num_blocks - len(held)))
+        reservation.bind(peer, block_ids, tuple(hashes), len(held), self._context.clock())
+        tiling = Tiling(spec.num_layers, len(held), num_blocks)
+        mark = self._context.device.mark()
+        pair.post(pair.grant, WriteGrant(reservation.lease.lease_id, reservation.lease.epoch, block_ids, tiling, mark))
+
+    # ---- reports of the pairs' threads ---------------------------------------------------------------------------
+
+    def _received(self, lease_id: str, num_bytes: int, is_good: bool) -> None:
+        self.kv_bytes += num_bytes
+        self.digest_failures += not is_good
+        reservation = self._leases.get(lease_id)
+        if reservation is not None:
+            reservation.progress_s = self._context.clock()
+
+    def _write_ended(self, end: WriteEnd) -> None:
+        reservation = self._leases.get(end.lease_id)
+        if reservation is None or reservation.lease.epoch != end.epoch:
+            return
+        if end.grant is not None:
+            reservation.note(end.grant)
+            self._free(reservation.lease.end_write())
+        if reservation.lease.state is LeaseState.FILLING and end.ending is Ending.FILLED:
+            self._adopt(reservation, end)
+        elif reservation.lease.state in (LeaseState.RESERVED, LeaseState.FILLING):
+            code = _ABORTS.get(end.reason, ErrorCode.TRANSFER) if end.ending is Ending.ABORTED else ErrorCode.TRANSFER
+            self._give_up(reservation, code, end.reason)
+        else:
+            self._close_if_done(reservation)
+
+    def _adopt(self, reservation: Reservation, end: WriteEnd) -> None:
+        pool, lease = self._host.pool, reservation.lease
+        lease.complete()
+        for block_id, block_hash in reservation.new_full_blocks():
+            pool.publish(block_id, block_hash)
+        facts = reservation.facts(self._context.clock(), self._context.spec.block_size)
+        del self._leases[lease.lease_id]
+        self._host.adopt(reservation.request, lease.hand_over(), end.first, facts)
+        self._say_closed(reservation, "")
+
+    def _pair_broken(self, peer: str, pair_id: str, reason: str) -> None:
+        """Says so, because a sender that is idle notices nothing of a broken channel."""
+        pair = self._pairs.get(peer)
+        if pair is not None and pair.pair_id == pair_id:
+            self._outgoing.say(peer, PairWelcome(refused=f"the pair broke: {reason}"))
+            self._drop_pair(peer, reason)
+
+    # ---- endings -------------------------------------------------------------------------------------------------
+
+    def _drop_pair(self, peer: str, reason: str) -> None:
+        pair = self._pairs.pop(peer, None)
+        if pair is None:
+            return
+        for reservation in [entry for entry in self._leases.values() if entry.peer == peer]:
+            self._give_up(reservation, ErrorCode.TRANSFER, reason)
+        pair.stop(reason)
+
+    def _give_up(self, reservation: Reservation, code: ErrorCode | None, reason: str) -> None:
+        """Aborts a lease; its end is reported when its blocks are free."""
+        if not reservation.give_up(code, reason):
+            return
+        self._host.pool.withdraw(reservation.take_promise())
+        lease, pair = reservation.lease, self._pairs.get(reservation.peer)
+        if pair is not None:
+            pair.post(pair.revoke, lease.lease_id, lease.epoch)
+        self._say_closed(reservation, reason)
+        self._free(lease.abort())
+        self._close_if_done(reservation)
+
+    def _close_if_done(self, reservation: Reservation) -> None:
+        if reservation.lease.state is not LeaseState.CLOSED:
+            return
+        del self._leases[reservation.lease.lease_id]
+        code, reason = reservation.error
+        facts = reservation.facts(self._context.clock(), self._context.spec.block_size)
+        self._report_end(reservation.request.id, code, reason if code is not None else "", facts)
+
+    def _free(self, block_ids: tuple[int, ...]) -> None:
+        self._host.pool.release(block_ids[::-1])
+
+    def _say_closed(self, reservation: Reservation, error: str) -> None:
+        if reservation.peer in self._pairs:
+            lease = reservation.lease
+            self._outgoing.say(
+                reservation.peer, TransferClosed(lease_id=lease.lease_id, epoch=lease.epoch, error=error)
+            )
+
+    def _report_end(self, request_id: str, code: ErrorCode | None, message: str, facts: RequestFacts) -> None:
+        end = RequestEnd(error=code, message=message, facts=facts)
+        self._host.report(RequestUpdate(request_id=request_id, end=end))
+
+    def _post_received(self, lease_id: str, num_bytes: int, is_good: bool) -> None:
+        # Does not wake the loop: a turn and a report for each segment would be for statistics only.
+        self._calls.post(self._received, lease_id, num_bytes, is_good)
+
+    def _post(self, call: Callable[..., None], *args: object) -> None:
+        self._calls.post(call, *args)
+        self._wake()

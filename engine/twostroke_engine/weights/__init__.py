@@ -1,0 +1,1 @@
+"""Checkpoints on disk, and how parameters pull their slices from them."""

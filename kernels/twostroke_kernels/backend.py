@@ -1,0 +1,196 @@
+"""`Backend`: every operation the engine may ask for, with shapes and dtypes.
+
+Letters in shapes: T tokens of a step, S sequences, R rows to sample, V vocabulary, H query heads, G KV heads (H is a
+multiple of G), D head size, B block size in tokens, N blocks of the pool, L layers, E hidden size, I intermediate
+size. Floating tensors have the model's dtype unless a line says otherwise; indices are int64.
+
+The KV pool is one tensor `[N, L, 2, B, G, D]` (2: keys, values); `kv_layer` is its view `pool[:, layer]`, so
+`[N, 2, B, G, D]` and strided. A slot is `block_id * B + token`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PagedBatch:
+    """Sequences of one kind (decoding, or prompt chunks) in a step, for attention."""
+
+    block_tables: Tensor
+    """[S, max blocks] block ids, padded with any valid id (the runner repeats one of the row's own)."""
+    query_starts: Tensor
+    """[S + 1] row of `q` where each sequence starts."""
+    context_lens: Tensor
+    """[S] tokens in the cache after this step's were written; the queries are the last of them."""
+    max_query_len: int
+    max_context_len: int
+
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        return self.block_tables.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryTable:
+    """Precomputed angles, float32."""
+
+    cos: Tensor
+    """[max positions, rotary size / 2]."""
+    sin: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorm:
+    """RMS norm of each query and key head before rotation (Qwen3); weights [D]."""
+
+    q_weight: Tensor
+    k_weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """Sparse adjustments of logits; `rows`/`tokens` name distinct cells, the other vectors run beside them."""
+
+    rows: Tensor
+    """[P] row of the logits."""
+    tokens: Tensor
+    """[P] vocabulary id."""
+    repetition: Tensor
+    """[P] float32: positive logits are divided by it, others multiplied; 1 does nothing."""
+    subtract: Tensor
+    """[P] float32, subtracted after repetition: presence + frequency * count - logit bias; +inf masks a token."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRows:
+    """How each row is sampled; all [R]."""
+
+    temperature: Tensor
+    """float32; 0 is greedy."""
+    top_k: Tensor
+    """int64; 0 keeps all."""
+    top_p: Tensor
+    """float32."""
+    min_p: Tensor
+    """float32."""
+    seed: Tensor
+    """int64, the bits of an unsigned 64-bit seed."""
+    choice: Tensor
+    """int64."""
+    position: Tensor
+    """int64: absolute position of the token to be chosen (prompt length for the first one)."""
+    all_greedy: bool
+    """Every temperature is 0: noise and filters are skipped."""
+    num_logprobs: int
+    """-1: no logprobs at all; k: also the k best of each row."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRows:
+    """What was chosen; logprobs are of the raw logits (before penalties, bias, temperature and filters)."""
+
+    token_ids: Tensor
+    """[R] int64; ties go to the smaller id."""
+    logprobs: Tensor
+    """[R] float32; zeros if not asked for."""
+    top_ids: Tensor
+    """[R, k] int64."""
+    top_logprobs: Tensor
+    """[R, k] float32, largest first."""
+    finite: Tensor
+    """[R] bool: the raw logits held neither NaN nor infinity."""
+
+
+class Backend(Protocol):
+    """The operations of one kind of device. Outputs are new tensors unless a line says in place.
+
+    A backend may remember what it derived from a step's index tensors (positions, slots, a `PagedBatch`): they are new
+    objects in every step and never changed in place.
+    """
+
+    device: torch.device
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [T, in], weight [out, in], bias [out] -> [T, out]."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """[T, E] -> [T, E]; the mean square is taken in float32 (or wider)."""
+        ...
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(rms_norm(x + residual), x + residual); the sum is rounded to the model's dtype first."""
+        ...
+
+    def rotate_and_write_kv(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        rotary: RotaryTable,
+        head_norm: HeadNorm | None,
+        kv_layer: Tensor,
+        slots: Tensor,
+    ) -> Tensor:
+        """qkv [T, (H + 2 G) D] -> rotated q [T, H, D]; rotated k and plain v go into `kv_layer` at `slots` [T].
+
+        Rotation is the half-split kind of Llama checkpoints in HuggingFace's order, on the first rotary-size elements
+        of each head. G and D come from `kv_layer`'s shape.
+        """
+        ...
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """[T, 2 I] (gate, then up) -> silu(gate) * up, [T, I]."""
+        ...
+
+    def prefill_attention(self, q: Tensor, kv_layer: Tensor, batch: PagedBatch, scale: float) -> Tensor:
+        """Causal attention of prompt chunks over the cache: q [T, H, D] -> [T, H, D]."""
+        ...
+
+    def decode_attention(self, q: Tensor, kv_layer: Tensor, batch: PagedBatch, scale: float) -> Tensor:
+        """Attention of one query per sequence over the cache: q [S, H, D] -> [S, H, D]."""
+        ...
+
+    def penalize(self, logits: Tensor, penalties: Penalties) -> None:
+        """In place on float32 logits [R, V]."""
+        ...
+
+    def sample(self, raw_logits: Tensor, logits: Tensor, rows: SamplingRows) -> SampledRows:
+        """Chooses one token per row from `logits` [R, V] float32; `raw_logits` (may be the same) give logprobs.
+
+        argmax(logits / temperature + Gumbel noise) over the tokens that pass top-k, then top-p, then min-p, each
+        applied to the distribution after temperature that the one before left. Ties at a cut: the smaller ids pass.
+        The noise of (row, token) is -log(-log(u)) in float32, u = ((w >> 9) + 1/2) * 2^-23 in (0, 1), w from
+        Philox-4x32-10: key = the seed's two halves (low first), counter = (token // 4, position, choice, 0), word
+        token % 4.
+        """
+        ...
+
+    def copy_blocks(self, pool: Tensor, sources: Tensor, targets: Tensor) -> None:
+        """In place: pool[targets] = pool[sources]; no block is both."""
+        ...
+
+    def pack_kv(self, pool: Tensor, block_ids: Tensor, first_layer: int, num_layers: int) -> tuple[Tensor, Tensor]:
+        """Gathers [n, num_layers, 2, B, G, D] of `block_ids` [n], contiguous, and its `digest` [n].
+
+        Transfer threads call `pack_kv`, `unpack_kv` and `digest`, several at once and while a step computes.
+        """
+        ...
+
+    def unpack_kv(self, pool: Tensor, block_ids: Tensor, first_layer: int, segment: Tensor) -> None:
+        """In place: the inverse of `pack_kv`."""
+        ...
+
+    def digest(self, segment: Tensor) -> Tensor:
+        """[n, ...] -> [n] int64, over each item's bytes as signed little-endian 32-bit words w_i: sum of w_i * m_i mod
+        2^64, with m_i = (i + 1) * 0x9E3779B97F4A7C15 | 1 put through splitmix64's finaliser and made odd.
+
+        Multilinear hashing (Lemire and Kaser 2013): a changed word, or words out of order, change the sum.
+        """
+        ...

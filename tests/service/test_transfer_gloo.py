@@ -1,0 +1,241 @@
+"""A KV transfer between two processes over gloo: bytes, a killed peer, and the pair after it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from base64 import b64decode
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
+
+import msgspec
+import pytest
+import torch
+from twostroke_engine.messages import PeerMessage
+from twostroke_engine.request import ErrorCode
+from twostroke_engine.transfer.channel import ChannelError
+from twostroke_engine.transfer.collective import CollectiveScheme
+from twostroke_engine.transfer.messages import SegmentReady
+
+from tests.support.gloo_prefill import FromPrefill, Outcome, RunPrompt, to_line
+from tests.support.transfer_ends import NUM_LAYERS, SPEC, Receiving, make_request
+
+ROOT = Path(__file__).parents[2]
+TOKENS = tuple(range(500, 600))
+
+
+class PrefillProcess:
+    """The other process, and what it said."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.said: SimpleQueue[FromPrefill | None] = SimpleQueue()
+        paths = [ROOT, ROOT / "engine", ROOT / "kernels"]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.gloo_prefill"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"},
+        )
+        Thread(target=self._read, daemon=True).start()
+
+    def tell(self, message: PeerMessage | RunPrompt) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(to_line(message))
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return  # killed
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _read(self) -> None:
+        decoder: msgspec.msgpack.Decoder[FromPrefill] = msgspec.msgpack.Decoder(FromPrefill)
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.said.put(decoder.decode(b64decode(line)))
+
+
+class Cluster:
+    """A receiver here, and prefill processes."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+        scheme = CollectiveScheme(torch.device("cpu"), "127.0.0.1", 10.0)
+        self.receiving = Receiving(scheme, timeout_s=10.0)
+        self.processes: list[PrefillProcess] = []
+        self.outcomes: dict[str, Outcome] = {}
+        self.segments = 0
+
+    def start(self, name: str) -> PrefillProcess:
+        self.processes.append(PrefillProcess(name))
+        return self.processes[-1]
+
+    def run(self, process: PrefillProcess, request_id: str, pause_s: float = 0.0) -> None:
+        self.receiving.receiver.reserve(make_request(request_id, TOKENS), 60.0)
+        grant = self.receiving.host.grants()[request_id]
+        process.tell(RunPrompt(request_id, TOKENS, grant, 40, pause_s))
+
+    def until(self, condition: Callable[[], bool], timeout_s: float = 30.0) -> float:
+        begun_s = time.monotonic()
+        while not condition():
+            assert time.monotonic() < begun_s + timeout_s, "it did not come to pass"
+            self._carry()
+        return time.monotonic() - begun_s
+
+    def _carry(self) -> None:
+        self.receiving.receiver.poll(0.0)
+        for entry in self.receiving.receiver.take_outgoing():
+            next(process for process in self.processes if process.name == entry.peer).tell(entry)
+        for process in self.processes:
+            self._hear(process)
+        time.sleep(0.001)
+
+    def _hear(self, process: PrefillProcess) -> None:
+        try:
+            message = process.said.get_nowait()
+        except Empty:
+            return
+        if isinstance(message, Outcome):
+            self.outcomes[message.request_id] = message
+        elif message is not None:
+            self.segments += isinstance(message.message, SegmentReady)
+            self.receiving.receiver.receive(process.name, message.message)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    made = Cluster()
+    yield made
+    for process in made.processes:
+        process.kill()
+    made.receiving.receiver.close()
+
+
+def check_clean(cluster: Cluster) -> None:
+    host = cluster.receiving.host
+    host.pool.check()
+    assert (host.pool.num_promised, host.pool.num_referenced, host.wrong_blocks) == (0, 0, 0)
+
+
+def test_a_prompt_crosses_a_killed_peer_ends_its_leases_only_and_a_new_pair_works(cluster: Cluster) -> None:
+    receiver, host = cluster.receiving.receiver, cluster.receiving.host
+    first = cluster.start("stream-1")
+    cluster.run(first, "whole")
+    cluster.until(lambda: "whole" in cluster.outcomes)
+    assert cluster.outcomes["whole"].error == ""
+    assert cluster.outcomes["whole"].kv_bytes == SPEC.block_bytes * 7
+    assert "whole" in host.adopted
+
+    host.pool = type(host.pool)(host.pool.num_blocks)  # forget the prefix: the next prompt is sent again
+    cluster.run(first, "broken", pause_s=0.2)
+    cluster.until(lambda: receiver.kv_bytes > SPEC.block_bytes * 7)
+    first.kill()
+    # Its last announcement is still on its way: the receive that it asks for must fail at once, not in ten seconds.
+    grant = host.grants()["broken"]
+    receiver.receive("stream-1", announcement(grant.lease_id, grant.epoch))
+    assert cluster.until(lambda: "broken" in host.ends()) < 2.0
+    assert host.ends()["broken"].error is ErrorCode.TRANSFER
+    check_clean(cluster)
+
+    second = cluster.start("stream-2")
+    cluster.run(second, "again")
+    cluster.until(lambda: "again" in cluster.outcomes)
+    assert cluster.outcomes["again"].error == ""
+    check_clean(cluster)
+
+
+def announcement(lease_id: str, epoch: int) -> SegmentReady:
+    return SegmentReady(
+        lease_id=lease_id,
+        epoch=epoch,
+        number=99,
+        first_layer=0,
+        num_layers=1,
+        first_block=6,
+        num_blocks=1,
+        num_bytes=SPEC.layer_block_bytes,
+        digests=(0,),
+    )
+
+
+def test_the_first_segment_is_on_the_wire_before_the_last_layer_is_computed(cluster: Cluster) -> None:
+    """Bar 8 over gloo, from outside: each layer takes 0.3 s, and bytes are here long before the last one began."""
+    process = cluster.start("stream-1")
+    cluster.run(process, "warm")
+    cluster.until(lambda: "warm" in cluster.outcomes)
+    cluster.receiving.host.pool = type(cluster.receiving.host.pool)(64)
+    before = cluster.receiving.receiver.kv_bytes
+    tokens = TOKENS[:40]  # one chunk
+    cluster.receiving.receiver.reserve(make_request("slow", tokens), 60.0)
+    process.tell(RunPrompt("slow", tokens, cluster.receiving.host.grants()["slow"], 40, 0.3))
+    cluster.until(lambda: cluster.receiving.receiver.kv_bytes > before)
+    seconds = cluster.until(lambda: "slow" in cluster.receiving.host.adopted)
+    assert seconds > 0.3 * (NUM_LAYERS - 2), "the first segment came only when the last layer had been computed"
+    assert cluster.outcomes.get("slow") is None or cluster.outcomes["slow"].error == ""
+
+
+def test_a_dead_peer_breaks_an_operation_within_a_second_and_only_its_own_pair() -> None:
+    scheme = CollectiveScheme(torch.device("cpu"), "127.0.0.1", 10.0)
+    listener = scheme.listen()
+    code = (
+        "import sys, os, torch\n"
+        "from twostroke_engine.transfer.collective import CollectiveScheme\n"
+        "channel = CollectiveScheme(torch.device('cpu'), '127.0.0.1', 10.0).connect(sys.argv[1], 'dying')\n"
+        "channel.send(torch.arange(64, dtype=torch.uint8))\n"
+        "sys.stdin.readline()\n"
+        "os._exit(9)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "engine"), str(ROOT / "kernels")])}
+    process = subprocess.Popen([sys.executable, "-c", code, listener.endpoint], stdin=subprocess.PIPE, env=environment)
+    channel = listener.accept("dying")
+    mine: list[object] = []
+    thread = Thread(target=lambda: mine.append(scheme.connect(listener.endpoint, "living")))
+    thread.start()
+    other = listener.accept("living")
+    thread.join()
+
+    payload = torch.empty(64, dtype=torch.uint8)
+    channel.receive(payload)
+    assert payload.tolist() == list(range(64))
+    process.communicate(b"\n")
+    begun_s = time.monotonic()
+    with pytest.raises(ChannelError):
+        channel.receive(payload)
+    assert time.monotonic() - begun_s < 1.0
+    with pytest.raises(ChannelError, match="closed"):
+        channel.receive(payload)
+
+    sender = Thread(target=lambda: mine[0].send(torch.full((64,), 7, dtype=torch.uint8)))  # type: ignore[attr-defined]
+    sender.start()
+    other.receive(payload)
+    sender.join()
+    assert payload.tolist() == [7] * 64
+    listener.close()
+
+
+def test_a_peer_that_does_not_come_or_stays_silent_is_timed_out() -> None:
+    scheme = CollectiveScheme(torch.device("cpu"), "127.0.0.1", 0.5)
+    listener = scheme.listen()
+    begun_s = time.monotonic()
+    with pytest.raises(ChannelError, match="no pair"):
+        listener.accept("nobody")
+    assert time.monotonic() - begun_s < 2.0
+
+    mine: list[object] = []
+    thread = Thread(target=lambda: mine.append(scheme.connect(listener.endpoint, "silent")))
+    thread.start()
+    channel = listener.accept("silent")
+    thread.join()
+    begun_s = time.monotonic()
+    with pytest.raises(ChannelError, match="Timed out"):
+        channel.receive(torch.empty(8, dtype=torch.uint8))
+    assert time.monotonic() - begun_s < 2.0
+    listener.close()
