@@ -44,7 +44,7 @@ def worker_table(cluster: Mapping[str, Any]) -> Table:
     table = Table(title=f"model {cluster.get('model')}", title_justify="left")
     table.add_column("worker", no_wrap=True)
     table.add_column("state")
-    for name in ("run", "wait", "step", "KV used/cached/total", "hit", "KV moved", "preempt"):
+    for name in ("run", "wait", "step", "KV used", "cached", "hit", "KV moved", "preempt"):
         table.add_column(name, justify="right")
     for worker in cluster["workers"]:
         table.add_row(*worker_row(worker))
@@ -60,7 +60,8 @@ def worker_row(worker: Mapping[str, Any]) -> list[str]:
         f"{load.get('running', 0)}",
         f"{load.get('waiting', 0)}",
         f"{1000 * load.get('step_s', 0.0):.0f} ms",
-        "/".join(f"{blocks.get(name, 0)}" for name in ("leased", "cached", "total")),
+        f"{blocks.get('leased', 0)}/{blocks.get('total', 0)}",
+        f"{blocks.get('cached', 0)}",
         "-" if hit_rate is None else f"{100 * hit_rate:.0f} %",
         in_bytes(worker.get("kv_bytes", 0)),
         f"{worker.get('preemptions', 0)}",

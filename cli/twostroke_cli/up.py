@@ -125,14 +125,14 @@ async def _show_status(plan: ClusterPlan, supervisor: Supervisor, screen: Screen
     """Keeps the status line fresh."""
     client, since = RouterClient(plan.http), time.monotonic()
     while screen.is_terminal:
-        pools = "  ".join(
+        pools = " ".join(
             f"{role} {ready}/{total}"
             for role in ("router", "prefill", "decode", "etcd", "redis")
             for ready, total in [supervisor.count(role)]
             if total
         )
         restarts = f"  restarts {supervisor.num_restarts}" if supervisor.num_restarts else ""
-        screen.status(f"up {time.monotonic() - since:.0f} s  {pools}{restarts}  {await _load(client)}")
+        screen.status(f"up {time.monotonic() - since:.0f} s  {await _load(client)}  {pools}{restarts}")
         await asyncio.sleep(STATUS_EVERY_S)
 
 
@@ -146,4 +146,4 @@ async def _load(client: RouterClient) -> str:
     waiting = sum(worker["load"].get("waiting", 0) for worker in workers)
     total = sum(worker["blocks"].get("total", 0) for worker in workers)
     leased = sum(worker["blocks"].get("leased", 0) for worker in workers)
-    return f"running {running}  waiting {waiting}  KV {100 * leased / total if total else 0:.0f} %"
+    return f"run {running} wait {waiting} KV {100 * leased / total if total else 0:.0f} %"

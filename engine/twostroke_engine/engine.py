@@ -188,12 +188,11 @@ class Engine:
     # ---- after a step ------------------------------------------------------------------------------------------------
 
     def _commit(self, plan: StepPlan, output: StepOutput) -> None:
-        broken = {sampled.sequence_id for sampled in output.sampled if not sampled.finite}
-        self._scheduler.commit(plan, broken)
+        self._scheduler.commit(plan)
         for sampled in output.sampled:
             # A broken choice ends its whole request, and with it sequences that were sampled in this very step.
             sequence = self._scheduler.find(sampled.sequence_id)
-            if sequence is None or not sequence.is_running:
+            if sequence is None:
                 continue
             active = self._active[sequence.request.id]
             if sampled.finite:

@@ -174,4 +174,5 @@ class EngineLoop:
             leases_open=sum(end.num_open for end in self._ends),
             kv_bytes=sum(end.kv_bytes for end in self._ends),
             digest_failures=sum(end.digest_failures for end in self._ends),
+            longest_wait_s=max([load.longest_wait_s, *(end.longest_wait_s for end in self._ends)]),
         )

@@ -42,19 +42,23 @@ class SegmentDigest:
             return torch.zeros(n, dtype=torch.int64, device=segment.device)
         words = segment.contiguous().view(n, -1).view(torch.int32)
         length = words.shape[1]
-        if self._multipliers.numel() < length:
-            self._multipliers = multipliers(length, segment.device)
+        factors = self._row_of(length, segment.device)
         if length >= self._at_once:
-            return torch.stack([self._long(row) for row in words])
+            return torch.stack([self._long(row, factors) for row in words])
         items = self._at_once // length
-        return torch.cat([self._rows(words[first : first + items]) for first in range(0, n, items)])
+        parts = (words[first : first + items] for first in range(0, n, items))
+        return torch.cat([(part.to(torch.int64) * factors).sum(1) for part in parts])
 
-    def _rows(self, words: Tensor) -> Tensor:
-        return (words.to(torch.int64) * self._multipliers[: words.shape[1]]).sum(1)
+    def _row_of(self, length: int, device: torch.device) -> Tensor:
+        # Several threads digest at once: each goes on with the row it has seen or made.
+        row = self._multipliers
+        if row.numel() < length:
+            row = self._multipliers = multipliers(length, device)
+        return row[:length]
 
-    def _long(self, words: Tensor) -> Tensor:
+    def _long(self, words: Tensor, factors: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.int64, device=words.device)
         for first in range(0, words.numel(), self._at_once):
             part = words[first : first + self._at_once].to(torch.int64)
-            total += (part * self._multipliers[first : first + part.numel()]).sum()
+            total += (part * factors[first : first + part.numel()]).sum()
         return total

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from twostroke_cli.models import resolve_model
+
 from tests.support.cluster import Cluster, running_cluster
 from tests.support.tiny_model import make_tiny_llama
-from twostroke_cli.models import resolve_model
 
 DEMO_MODEL = "smollm2-135m-instruct"
 

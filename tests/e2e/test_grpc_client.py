@@ -11,9 +11,10 @@ from pathlib import Path
 
 import grpc
 import pytest
+from twostroke_proto.v1 import inference_pb2, types_pb2
+
 from tests.support.cluster import Cluster
 from tests.support.inference import connect
-from twostroke_proto.v1 import inference_pb2, types_pb2
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import grpc
 import pytest
-from tests.support.cluster import Cluster, assert_blocks_come_home, running_cluster
 from twostroke_proto.v1 import inference_pb2, inference_pb2_grpc, types_pb2
+
+from tests.support.cluster import Cluster, assert_blocks_come_home, running_cluster
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -29,13 +30,18 @@ async def one(
     """One request with a prompt and an answer of random length; perhaps cancelled at a random moment."""
     draw = random.Random(seed)
     long = draw.random() < 0.3
-    prompt = [3 + draw.randrange(200) for _ in range(draw.randint(lengths[1] // 2, lengths[1]) if long else draw.randint(1, lengths[0]))]
+    prompt = [
+        3 + draw.randrange(200)
+        for _ in range(draw.randint(lengths[1] // 2, lengths[1]) if long else draw.randint(1, lengths[0]))
+    ]
     wanted = draw.randint(1, 40)
     call = stub.Generate(
         inference_pb2.GenerateRequest(
             token_ids=inference_pb2.TokenIds(ids=prompt),
             n=draw.choice([1, 1, 1, 2]),
-            sampling=types_pb2.SamplingParams(seed=seed, max_tokens=wanted, ignore_eos=True, temperature=draw.choice([0.0, 1.0])),
+            sampling=types_pb2.SamplingParams(
+                seed=seed, max_tokens=wanted, ignore_eos=True, temperature=draw.choice([0.0, 1.0])
+            ),
         ),
         timeout=240,
     )

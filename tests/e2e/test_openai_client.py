@@ -5,6 +5,7 @@ from __future__ import annotations
 import httpx
 import openai
 import pytest
+
 from tests.support.cluster import Cluster, assert_blocks_come_home
 
 pytestmark = pytest.mark.e2e
@@ -36,7 +37,12 @@ def test_stream_is_the_whole_answer_in_pieces(client: openai.OpenAI, model: str)
     whole = client.chat.completions.create(model=model, messages=QUESTION, temperature=0, max_tokens=24)
     chunks = list(
         client.chat.completions.create(
-            model=model, messages=QUESTION, temperature=0, max_tokens=24, stream=True, stream_options={"include_usage": True}
+            model=model,
+            messages=QUESTION,
+            temperature=0,
+            max_tokens=24,
+            stream=True,
+            stream_options={"include_usage": True},
         )
     )
     pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
@@ -50,7 +56,9 @@ def test_completions_and_stop_string(client: openai.OpenAI, model: str) -> None:
     free = client.completions.create(model=model, prompt="One, two, three, four,", temperature=0, max_tokens=20)
     text = free.choices[0].text
     stop = text[6:9]
-    cut = client.completions.create(model=model, prompt="One, two, three, four,", temperature=0, max_tokens=20, stop=stop)
+    cut = client.completions.create(
+        model=model, prompt="One, two, three, four,", temperature=0, max_tokens=20, stop=stop
+    )
     assert cut.choices[0].text == text[: text.index(stop)]
     assert cut.choices[0].finish_reason == "stop"
     assert cut.usage is not None
@@ -60,7 +68,9 @@ def test_completions_and_stop_string(client: openai.OpenAI, model: str) -> None:
 
 def test_seed_is_reproducible(client: openai.OpenAI, model: str) -> None:
     def ask(seed: int) -> str:
-        answer = client.completions.create(model=model, prompt="Once upon a time", temperature=1, seed=seed, max_tokens=16)
+        answer = client.completions.create(
+            model=model, prompt="Once upon a time", temperature=1, seed=seed, max_tokens=16
+        )
         return answer.choices[0].text
 
     assert ask(7) == ask(7)

@@ -12,14 +12,43 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support.cluster import assert_blocks_come_home, running_cluster
-from tests.support.inference import Answer, connect, generate, generate_all
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from twostroke_proto.v1 import types_pb2
 
+from tests.support.cluster import assert_blocks_come_home, running_cluster
+from tests.support.inference import Answer, connect, generate, generate_all
+
 NEW_TOKENS = 64
 CHUNK = 96
-LENGTHS = (1, 2, 5, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 80, 95, 96, 97, 111, 112, 113, 128, 160, 191, 192, 193)
+LENGTHS = (
+    1,
+    2,
+    5,
+    15,
+    16,
+    17,
+    31,
+    32,
+    33,
+    47,
+    48,
+    49,
+    63,
+    64,
+    65,
+    80,
+    95,
+    96,
+    97,
+    111,
+    112,
+    113,
+    128,
+    160,
+    191,
+    192,
+    193,
+)
 MARGIN = 1e-3
 TEXT = """The lighthouse keeper climbed the narrow stairs every evening before the sun went down. He carried a lamp, a
 book and a piece of bread, and he counted the steps although he knew their number. From the gallery he could see the
@@ -34,7 +63,9 @@ def prompts_of(model: Path) -> list[list[int]]:
     """Prompts across block (16), chunk (96) and prefix-hit boundaries: distinct ones first, then shared beginnings."""
     text = AutoTokenizer.from_pretrained(model)(TEXT * 2)["input_ids"]
     distinct = [text[start : start + length] for start, length in enumerate(LENGTHS)]
-    shared = [text[26 : 26 + hit] + text[:tail] for hit, tail in ((16, 1), (48, 7), (96, 16), (112, 40), (193, 1), (192, 0))]
+    shared = [
+        text[26 : 26 + hit] + text[:tail] for hit, tail in ((16, 1), (48, 7), (96, 16), (112, 40), (193, 1), (192, 0))
+    ]
     return distinct + shared
 
 
@@ -101,7 +132,11 @@ def reference(demo_model: Path) -> Reference:
 @pytest.mark.timeout(420)
 @pytest.mark.parametrize("name", ["cluster", "colocated"])
 def test_greedy_equals_transformers(
-    name: str, demo_model: Path, runs: dict[str, Runs], reference: Reference, record_property: Callable[[str, object], None]
+    name: str,
+    demo_model: Path,
+    runs: dict[str, Runs],
+    reference: Reference,
+    record_property: Callable[[str, object], None],
 ) -> None:
     prompts = prompts_of(demo_model)
     assert len(prompts) >= 32
@@ -123,7 +158,9 @@ def test_greedy_equals_transformers(
 @pytest.mark.timeout(420)
 def test_cluster_equals_colocated(demo_model: Path, runs: dict[str, Runs], reference: Reference) -> None:
     """Token for token; where two answers part, the reference must have been undecided."""
-    for prompt, one, other in zip(prompts_of(demo_model), runs["cluster"].greedy, runs["colocated"].greedy, strict=True):
+    for prompt, one, other in zip(
+        prompts_of(demo_model), runs["cluster"].greedy, runs["colocated"].greedy, strict=True
+    ):
         if one.token_ids != other.token_ids:
             parting = next(i for i, (a, b) in enumerate(zip(one.token_ids, other.token_ids, strict=True)) if a != b)
             assert reference.best_two(prompt, one)[1][parting] < MARGIN, f"prompt of {len(prompt)}, token {parting}"

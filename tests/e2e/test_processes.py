@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+
 from tests.support.cluster import Cluster, assert_blocks_come_home, running_cluster, start_cluster, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -46,7 +47,12 @@ def test_five_roles_are_five_processes(cluster: Cluster) -> None:
 def test_a_killed_process_is_replaced(role: str, cluster: Cluster) -> None:
     """New requests succeed within 10 s of the kill, and the others keep their processes."""
     assert answers(cluster)
-    others = {p["id"]: p["pid"] for r in ("router", "prefill", "decode", "etcd", "redis") if r != role for p in cluster.processes(r)}
+    others = {
+        p["id"]: p["pid"]
+        for r in ("router", "prefill", "decode", "etcd", "redis")
+        if r != role
+        for p in cluster.processes(r)
+    }
     killed = cluster.processes(role)[0]["pid"]
     os.kill(killed, signal.SIGKILL)
     time.sleep(0.2)
@@ -55,7 +61,12 @@ def test_a_killed_process_is_replaced(role: str, cluster: Cluster) -> None:
     wait_until(lambda: [p["pid"] for p in cluster.processes(role)] not in ([killed], []), 30, f"{role} is replaced")
     wait_until(lambda: sum(w["state"] == "ready" for w in cluster.workers()) == 2, 30, "both workers are back")
     wait_until(lambda: answers(cluster), 10, "the whole cluster answers")
-    assert {p["id"]: p["pid"] for r in ("router", "prefill", "decode", "etcd", "redis") if r != role for p in cluster.processes(r)} == others
+    assert {
+        p["id"]: p["pid"]
+        for r in ("router", "prefill", "decode", "etcd", "redis")
+        if r != role
+        for p in cluster.processes(r)
+    } == others
     assert_blocks_come_home(cluster)
 
 
@@ -88,7 +99,9 @@ def test_start_errors_are_one_line(tiny_model: Path, tmp_path: Path) -> None:
     missing = up("--model", str(tmp_path / "nowhere"), "--run-dir", str(tmp_path / "b"))
     assert missing.returncode != 0
     assert "nowhere" in missing.stderr
-    away = up("--model", str(tiny_model), "--etcd", "http://127.0.0.1:9", "--wait", "2", "--run-dir", str(tmp_path / "c"))
+    away = up(
+        "--model", str(tiny_model), "--etcd", "http://127.0.0.1:9", "--wait", "2", "--run-dir", str(tmp_path / "c")
+    )
     assert away.returncode != 0
     assert "etcd" in away.stderr
     for run in (done, missing, away):

@@ -2,63 +2,24 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
 from twostroke_engine.config import EngineConfig
-from twostroke_engine.framing import LENGTH, frame, read_frame
+from twostroke_engine.framing import LENGTH
 from twostroke_engine.messages import (
     Cancel,
     EngineFailed,
     EngineReady,
-    InboxMessage,
-    OutboxMessage,
     RequestUpdate,
-    StepReport,
     Stop,
     Submit,
 )
 from twostroke_engine.request import ErrorCode, Request, SamplingParams
 
+from tests.support.engine_process import Child
 from tests.support.tiny_model import make_tiny_llama
-
-_decoder: msgspec.msgpack.Decoder[OutboxMessage] = msgspec.msgpack.Decoder(OutboxMessage)
-
-
-class Child:
-    """A spawned engine process and this side of its socket."""
-
-    def __init__(self) -> None:
-        self.socket, theirs = socket.socketpair()
-        self.socket.settimeout(60)
-        with theirs:
-            fd = theirs.fileno()
-            command = [sys.executable, "-m", "twostroke_engine.process", "--fd", str(fd)]
-            self.process = subprocess.Popen(command, pass_fds=(fd,), stderr=subprocess.PIPE)
-
-    def send(self, message: InboxMessage | EngineConfig) -> None:
-        self.socket.sendall(frame(message))
-
-    def receive(self) -> OutboxMessage:
-        payload = read_frame(self.socket)
-        assert payload is not None, "the stream ended"
-        return _decoder.decode(payload)
-
-    def until_end(self, request_id: str) -> list[RequestUpdate]:
-        updates: list[RequestUpdate] = []
-        while not any(update.end for update in updates):
-            report = self.receive()
-            assert isinstance(report, StepReport)
-            updates += [update for update in report.requests if update.request_id == request_id]
-        return updates
-
-    def exit_code(self) -> int:
-        return self.process.wait(timeout=20)
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def child() -> Iterator[Child]:
     child = Child()
     yield child
-    child.socket.close()
-    child.process.kill()
-    child.process.communicate()
+    child.stop()
 
 
 def config(folder: Path, **overrides: object) -> EngineConfig:

@@ -11,7 +11,7 @@ from twostroke_chassis.membership import Joined
 from tests.support.members import GRACE_S, TTL_S, member, observing, record
 from tests.support.servers import EtcdServer
 
-pytestmark = pytest.mark.service
+pytestmark = [pytest.mark.service, pytest.mark.slow]
 
 
 @pytest.mark.parametrize("keep_data", [True, False], ids=["with data", "empty"])

@@ -27,7 +27,7 @@ from tests.support.router import (
 from tests.support.servers import EtcdServer, RedisServer
 
 __all__ = ["http", "model", "pool", "router", "tokenizer"]
-pytestmark = pytest.mark.service
+pytestmark = [pytest.mark.service, pytest.mark.slow]
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
@@ -128,6 +128,19 @@ async def test_decode_dying_after_the_first_token_ends_the_stream_with_an_error(
     assert json.loads(data[-1])["error"]["type"] == "server_error"
     assert "d0" in json.loads(data[-1])["error"]["message"]
     pool.workers.remove(decode)
+
+
+async def test_a_worker_that_dies_is_not_waited_for(pool: Pool, http: httpx.AsyncClient) -> None:
+    decode = await pool.add("decode", "d0")
+    await pool.settle()
+    decode.gate.clear()
+    asking = asyncio.create_task(http.post("/v1/completions", json=completion(max_tokens=5)))
+    await until(lambda: bool(decode.live))
+    begin = time.monotonic()
+    await decode.kill()  # its record stays in etcd until the lease ends
+    await pool.add("decode", "d1")
+    assert (await asking).json()["usage"]["completion_tokens"] == 5
+    assert time.monotonic() - begin < 2
 
 
 async def test_a_restarted_worker_replaces_its_earlier_self(pool: Pool, http: httpx.AsyncClient) -> None:

@@ -74,7 +74,9 @@ class Cluster:
         if self.run_dir is None:
             return ""
         files = [self.run_dir / "up.log", *sorted((self.run_dir / "logs").glob("*.log"))]
-        return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-tail:]}" for file in files if file.exists())
+        return "\n".join(
+            f"--- {file.name}\n{file.read_text(errors='replace')[-tail:]}" for file in files if file.exists()
+        )
 
     def stop(self) -> int:
         """Ctrl-C, as a user would; returns the exit status."""
@@ -102,7 +104,9 @@ def assert_blocks_come_home(cluster: Cluster, seconds: float = 15) -> None:
     try:
         wait_until(home, seconds, "blocks come home")
     except AssertionError:
-        raise AssertionError(f"blocks are missing: {json.dumps(cluster.workers(), indent=1)}\n{cluster.logs()}") from None
+        raise AssertionError(
+            f"blocks are missing: {json.dumps(cluster.workers(), indent=1)}\n{cluster.logs()}"
+        ) from None
 
 
 def start_cluster(run_dir: Path, model: Path, *flags: str, wait_s: float = 90) -> Cluster:

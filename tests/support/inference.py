@@ -51,6 +51,4 @@ def generate_all(
     """Runs many single-choice requests, `concurrency` at a time; answers in the order of the prompts."""
     stub = connect(address)
     with ThreadPoolExecutor(concurrency) as threads:
-        return list(
-            threads.map(lambda pair: generate(stub, pair[0], pair[1])[0], zip(prompts, samplings, strict=True))
-        )
+        return list(threads.map(lambda pair: generate(stub, pair[0], pair[1])[0], zip(prompts, samplings, strict=True)))

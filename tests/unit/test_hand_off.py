@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from twostroke_engine.request import ErrorCode, FinishReason
 
 from tests.support.engine_bench import EngineBench, make_request
@@ -107,6 +108,19 @@ def test_blocks_stay_until_the_transfer_has_closed() -> None:
     pair.sender.advance(1)
     pair.prefill.listen()
     assert (pool.num_referenced, pool.num_cached) == (0, 2)
+    assert pair.prefill.heard["a"].end.error is ErrorCode.CANCELLED
+
+
+def test_the_first_reason_to_end_a_hand_off_is_the_one_that_is_told() -> None:
+    pair = make_pair()
+    pair.reserve(replace(make_request("a", 40), deadline_s=3.0))
+    pair.poll()
+    pair.prefill.step()
+    pair.prefill.engine.cancel("a")
+    for _ in range(5):
+        pair.prefill.step()
+    pair.sender.advance(1)
+    pair.prefill.listen()
     assert pair.prefill.heard["a"].end.error is ErrorCode.CANCELLED
 
 

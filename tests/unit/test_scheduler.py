@@ -7,6 +7,7 @@ from twostroke_engine.kv.block_pool import BlockPool
 from twostroke_engine.kv.hashing import block_hashes
 from twostroke_engine.request import FinishReason, SamplingParams
 from twostroke_engine.schedule.plan import StepPlan
+from twostroke_engine.schedule.policy import Headroom
 from twostroke_engine.schedule.scheduler import Scheduler
 from twostroke_engine.schedule.stopping import StopRules
 from twostroke_engine.sequence import HashChain, Sequence, SequenceState
@@ -35,7 +36,7 @@ class Desk:
     def run(self) -> StepPlan:
         self.step += 1
         plan = self.scheduler.plan(self.step, float(self.step))
-        self.scheduler.commit(plan, ())
+        self.scheduler.commit(plan)
         for entry in plan.scheduled:
             if entry.choices:
                 self.named(entry.sequence_id)[1].append(7)
@@ -94,7 +95,7 @@ def test_the_least_important_and_latest_is_preempted_and_comes_back_first() -> N
     desk = Desk(num_blocks=5)
     important, first, last = desk.add("important", 16, -1), desk.add("first", 15), desk.add("last", 15)
     desk.run()
-    desk.add("waits", 5)
+    desk.add("waits", 5, priority=-2)
     plan = desk.run()
     assert desk.counts(plan) == {"important": 1, "first": 1, "last": 1}
     plan = desk.run()
@@ -111,23 +112,19 @@ def test_the_least_important_and_latest_is_preempted_and_comes_back_first() -> N
 
 
 def test_hand_offs_are_no_victims() -> None:
-    desk = Desk(num_blocks=3)
-    local = desk.add("local", 16)
-    pushed = desk.add("pushed", 30, sink_id=1)
-    desk.scheduler.plan(1, 0.0)
-    assert not pushed.is_running, "the watermark is kept"
-    desk = Desk(num_blocks=4)
-    local = desk.add("local", 32)
-    pushed = desk.add("pushed", 14, priority=9, sink_id=1)
+    desk = Desk(num_blocks=5, max_step_tokens=17)
+    local = desk.add("local", 14)
     desk.run()
-    desk.scheduler.hand_over(pushed)
+    pushed = desk.add("pushed", 42, priority=9, sink_id=1)
+    assert desk.counts(desk.run()) == {"local": 1, "pushed": 16}
+    assert desk.pool.promise(1)
     desk.run()
-    for _ in range(17):
-        desk.run()
+    assert desk.counts(desk.run()) == {"pushed": 10}, "the less important one kept its blocks"
     assert local.preemptions == 1
-    assert pushed.block_ids
+    desk.scheduler.hand_over(pushed)
+    assert desk.pool.num_referenced == 3
     desk.scheduler.retire(pushed)
-    assert desk.counts(desk.run())
+    assert "local" in desk.counts(desk.run())
 
 
 def test_a_prefix_is_hit_only_where_its_kv_was_computed_and_never_whole() -> None:
@@ -249,6 +246,46 @@ def test_promises_keep_the_watermark_and_wait_for_interrupted_streams() -> None:
     sequence = desk.sequences["a"]
     desk.scheduler._preempt(sequence)
     assert not desk.scheduler.may_promise(1)
+
+
+def test_a_promise_waits_for_those_that_came_before_it() -> None:
+    desk = Desk(num_blocks=10, max_running=1)
+    desk.add("a", 5)
+    desk.run()
+    desk.add("before", 5)
+    assert not desk.scheduler.may_promise(1)
+    desk.add("after", 5)
+    assert not desk.scheduler.may_promise(1)
+    desk.scheduler.retire(desk.sequences["a"])
+    assert desk.counts(desk.run()) == {"before": 5}
+    assert desk.scheduler.may_promise(1), "what came after it does not hold it up"
+
+
+def test_an_interrupted_stream_holds_promises_up_whenever_it_came() -> None:
+    headroom = Headroom(BlockPool(10))
+    stream = Sequence(1, make_request("a", 5), BLOCK)
+    stream.arrival = 7
+    assert not headroom.may_promise(99, [], next_arrival=3, alone=False)
+    assert headroom.may_promise(1, [stream], next_arrival=8, alone=False)
+    assert not headroom.may_promise(99, [], next_arrival=3, alone=False)
+    stream.preempt()
+    assert not headroom.may_promise(1, [stream], next_arrival=8, alone=False)
+
+
+def test_a_prompt_that_waits_for_a_place_holds_promises_up() -> None:
+    """Memory is not promised faster than the batch can use it."""
+    desk = Desk(num_blocks=10, max_running=1)
+    desk.add("a", 5)
+    desk.run()
+    assert not desk.scheduler.may_promise(99)
+    adopted = Sequence(9, make_request("adopted", 20), BLOCK)
+    adopted.append(7)
+    desk.scheduler.adopt(adopted, desk.pool.allocate(2), 0.0)
+    assert not desk.scheduler.may_promise(1)
+    desk.scheduler.retire(desk.sequences["a"])
+    desk.sequences["adopted"] = adopted
+    assert desk.counts(desk.run()) == {"adopted": 1}
+    assert desk.scheduler.may_promise(1)
 
 
 def test_a_refused_promise_that_is_not_asked_again_is_forgotten() -> None:

@@ -16,7 +16,7 @@ Pure Python: no torch, no clock (time is an argument), no randomness.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from itertools import chain
 
 from twostroke_engine.kv.block_pool import BlockPool, OutOfBlocks
 from twostroke_engine.schedule.draft import PlanDraft
@@ -101,8 +101,7 @@ class Scheduler:
     # ---- a step ------------------------------------------------------------------------------------------------------
 
     def plan(self, step: int, now_s: float) -> StepPlan:
-        """What to compute next; a plan with nothing scheduled need not be executed, and stays so until news come."""
-        preemptions = self.preemptions
+        """What to compute next; a plan with nothing scheduled need not be executed."""
         draft = PlanDraft(step, self._max_step_tokens, self._known)
         self._headroom.begin_plan()
         self._seat_holders(now_s)
@@ -113,16 +112,15 @@ class Scheduler:
             draft.add(sequence)
         self._admit(draft, now_s)
         if draft.is_empty:
-            # A preemption may have made room for others; each leaves fewer to preempt, so this ends.
-            return self.plan(step, now_s) if self.preemptions > preemptions else StepPlan(step=step)
+            return StepPlan(step=step)
         finished, self._forgotten = self._forgotten, []
         return draft.finish(finished, self._take_copies())
 
-    def commit(self, plan: StepPlan, broken: Collection[int]) -> None:
-        """The plan was executed: counts move on, and full blocks can be hit, except those of broken sequences."""
+    def commit(self, plan: StepPlan) -> None:
+        """The plan was executed: counts move on, and full blocks can be hit."""
         for entry in plan.scheduled:
             sequence = self._sequences.get(entry.sequence_id)
-            if sequence is not None and entry.sequence_id not in broken:
+            if sequence is not None:
                 sequence.advance(entry.count)
                 self._publish(sequence)
 
@@ -169,8 +167,8 @@ class Scheduler:
     @property
     def num_queued_tokens(self) -> int:
         """Tokens to compute before every sequence is at its newest token."""
-        behind = [*self._running, *self._waiting]
-        return sum(sequence.num_remaining for sequence in behind if sequence.num_remaining > 1)
+        everyone = chain(self._running, self._waiting)
+        return sum(sequence.num_remaining for sequence in everyone if sequence.num_remaining > 1)
 
     # ---- parts of a plan ---------------------------------------------------------------------------------------------
 
@@ -241,7 +239,8 @@ class Scheduler:
     # ---- blocks ------------------------------------------------------------------------------------------------------
 
     def _victim(self) -> Sequence:
-        holders = [entry for entry in (*self._running, *self._waiting) if entry.block_ids and not entry.sink_id]
+        everyone = chain(self._running, self._waiting)
+        holders = [sequence for sequence in everyone if sequence.block_ids and not sequence.sink_id]
         return max(holders, key=rank)
 
     def _preempt(self, sequence: Sequence) -> None:

@@ -21,6 +21,7 @@ class NoTransfers:
     num_waiting = 0
     kv_bytes = 0
     digest_failures = 0
+    longest_wait_s = 0.0
 
     def receive(self, peer: str, message: SenderMessage | ReceiverMessage) -> None:
         """Ignores a message that no one here can have asked for."""

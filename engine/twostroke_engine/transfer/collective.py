@@ -25,6 +25,8 @@ from twostroke_engine.transfer.channel import ChannelError, KVChannel
 SENDER_RANK, RECEIVER_RANK = 0, 1
 
 _NCCL_ENVIRONMENT = {
+    # Without it a wait returns at launch, and what follows hangs on the GPU when the peer dies.
+    "TORCH_NCCL_BLOCKING_WAIT": "1",
     # An error or time-out cleans the communicator up and is raised to the pair's thread; the default ends the process.
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",
     # The monitor ends the process if its watchdog is slow; our own time-outs watch the pair.

@@ -38,6 +38,11 @@ class TransferEnd(Protocol):
         """Segments whose digest did not match so far."""
         ...
 
+    @property
+    def longest_wait_s(self) -> float:
+        """Longest wait of a reservation for its grant so far; 0 on the sending side."""
+        ...
+
     def receive(self, peer: str, message: SenderMessage | ReceiverMessage) -> None:
         """A control message from a peer; any thread may call. A loop passes it on as it arrives, not between steps: a
         segment that waits for a step of either side costs more than its bytes."""

@@ -47,6 +47,7 @@ class KVReceiver:
     def __init__(self, context: TransferContext, host: DecodeHost, wake: Callable[[], None]) -> None:
         self.kv_bytes = 0
         self.digest_failures = 0
+        self.longest_wait_s = 0.0
         self._context = context
         self._host = host
         self._wake = wake
@@ -150,6 +151,7 @@ class KVReceiver:
         lease_id = f"{context.worker_id}-{context.worker_epoch:x}-{next(self._numbers)}"
         reservation = Reservation(lease_id, entry, context.clock())
         self._leases[lease_id] = reservation
+        self.longest_wait_s = max(self.longest_wait_s, reservation.waited_s)
         granted = LeaseGrant(lease_id=lease_id, epoch=reservation.lease.epoch, ttl_s=entry.ttl_s)
         self._host.report(RequestUpdate(request_id=entry.request.id, reserved=granted))
 
@@ -266,7 +268,7 @@ class KVReceiver:
             pool.publish(block_id, block_hash)
         facts = reservation.facts(self._context.clock(), self._context.spec.block_size)
         del self._leases[lease.lease_id]
-        self._host.adopt(reservation.request, lease.hand_over(), end.first, facts)
+        self._host.adopt(reservation.request_from(self._context.clock()), lease.hand_over(), end.first, facts)
         self._say_closed(reservation, "")
 
     def _pair_broken(self, peer: str, pair_id: str, reason: str) -> None:

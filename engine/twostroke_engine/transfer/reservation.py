@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from msgspec.structs import replace
+
 from twostroke_engine.kv.hashing import BlockHash
 from twostroke_engine.request import ErrorCode, Request, RequestFacts
 from twostroke_engine.transfer.lease import KVLease, LeaseState
@@ -45,6 +47,17 @@ class Reservation:
         self._hashes: tuple[BlockHash, ...] = ()
         self._is_given_up = False
         self._written: WriteGrant | None = None
+
+    @property
+    def waited_s(self) -> float:
+        """From the request for it to the grant."""
+        return self._granted_s - self._entry.since_s
+
+    def request_from(self, now_s: float) -> Request:
+        """The request, with the time that its deadline leaves from now on."""
+        if self.request.deadline_s is None:
+            return self.request
+        return replace(self.request, deadline_s=self.request.deadline_s - (now_s - self._entry.since_s))
 
     def may_open(self, epoch: int) -> bool:
         """Whether this attempt may bind blocks."""
@@ -99,7 +112,7 @@ class Reservation:
         written = self._written
         is_opened = bool(self.peer)
         return RequestFacts(
-            queue_s=self._granted_s - self._entry.since_s,
+            queue_s=self.waited_s,
             transfer_s=now_s - self._opened_s if is_opened else 0.0,
             kv_bytes=written.kv_bytes if written else 0,
             kv_segments=written.kv_segments if written else 0,

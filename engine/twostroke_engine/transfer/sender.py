@@ -69,6 +69,11 @@ class KVSender:
         return len(self._open)
 
     @property
+    def longest_wait_s(self) -> float:
+        """No reservation waits on this side."""
+        return 0.0
+
+    @property
     def num_waiting(self) -> int:
         """A sender has no reservations."""
         return 0

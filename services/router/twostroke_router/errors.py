@@ -67,3 +67,8 @@ class RequestError(Exception):
 def invalid(param: str, message: str) -> RequestError:
     """A field that cannot be accepted; the message begins with its name."""
     return RequestError(Fault.INVALID, f"{param}: {message}", param)
+
+
+def internal_error() -> RequestError:
+    """A defect: the log says more, the client is not told."""
+    return RequestError(Fault.INTERNAL, "internal error; the router's log says more")

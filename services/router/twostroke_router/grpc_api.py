@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, Protocol
@@ -12,12 +13,14 @@ from twostroke_engine.request import SamplingParams, TokenOut
 from twostroke_proto.v1 import inference_pb2, inference_pb2_grpc, types_pb2
 
 from twostroke_router.choice import Piece
-from twostroke_router.errors import RequestError, invalid
+from twostroke_router.errors import RequestError, internal_error, invalid
 from twostroke_router.frontend import Frontend
 from twostroke_router.generation import Usage
 from twostroke_router.intake import Ask, draw_seed
 from twostroke_router.openai_schema import ROLES
 from twostroke_router.sampling_check import check_prompt_ids, check_stops
+
+_log = logging.getLogger(__name__)
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 
@@ -183,6 +186,10 @@ async def _refusing(context: Call) -> AsyncIterator[None]:
     except RequestError as error:
         retry = () if error.retry_after_s is None else (("retry-after", str(error.retry_after_s)),)
         await context.abort(error.fault.grpc_status, error.message, retry)
+    except Exception:  # noqa: BLE001 - the call's boundary: its details must not show a defect's insides
+        _log.exception("a gRPC call failed")
+        defect = internal_error()
+        await context.abort(defect.fault.grpc_status, defect.message)
 
 
 def add_inference(server: grpc.aio.Server, frontend: Frontend) -> None:

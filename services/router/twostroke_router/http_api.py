@@ -13,10 +13,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 from twostroke_chassis.telemetry import CONTENT_TYPE, metrics_text
 
-from twostroke_router.errors import Fault, RequestError, invalid
+from twostroke_router.errors import Fault, RequestError, internal_error, invalid
 from twostroke_router.frontend import Frontend
 from twostroke_router.http_openai import OpenAI
-from twostroke_router.http_wire import JsonResponse, RequestIds, error_response, internal_error, read_body
+from twostroke_router.http_wire import JsonResponse, RequestIds, error_response, read_body
 from twostroke_router.link import WorkerLink
 from twostroke_router.openai_schema import DetokenizeRequest, TokenizeRequest, decode_body, turns
 from twostroke_router.sampling_check import check_prompt_ids

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from twostroke_router.errors import Fault, RequestError
+from twostroke_router.errors import Fault, RequestError, internal_error
 from twostroke_router.intake import clean_request_id
 from twostroke_router.openai_render import error_body
 
@@ -69,11 +69,6 @@ def _too_large(max_bytes: int) -> RequestError:
 def client_gone() -> RequestError:
     """The client closed its connection."""
     return RequestError(Fault.CANCELLED, "the client went away")
-
-
-def internal_error() -> RequestError:
-    """A defect: the log says more, the client is not told."""
-    return RequestError(Fault.INTERNAL, "internal error; the router's log says more")
 
 
 @asynccontextmanager

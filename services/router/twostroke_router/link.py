@@ -14,6 +14,7 @@ import grpc.aio
 from twostroke_chassis.backoff import Backoff
 from twostroke_chassis.membership import WorkerRecord
 from twostroke_chassis.rpc import open_channel
+from twostroke_chassis.settings import split_host_port
 from twostroke_chassis.tracing import call_metadata
 from twostroke_engine.request import Request
 from twostroke_proto.v1 import worker_pb2, worker_pb2_grpc
@@ -30,6 +31,8 @@ SILENCE_S = 10.0
 """A worker that says nothing for this long, heartbeats included, counts as disconnected."""
 RESUME_S = 5.0
 """How long requests survive a broken stream."""
+REFUSED_S = 1.0
+"""How long the question may take whether anyone listens."""
 UPDATES_UNTIL_REPORTED = 2
 """The first load after a submission may have been measured before it; the second was not."""
 
@@ -192,6 +195,8 @@ class WorkerLink:
                 except Exception as error:  # noqa: BLE001 - the task's boundary: a dead link must not look alive
                     _log.exception("the stream to worker %s failed", self.worker_id)
                     self._disconnected(_reason(error))
+                if self._live and await _is_refused(self.record.endpoint):
+                    self.fail_all(f"worker {self.worker_id} is gone")
                 await backoff.sleep()
 
     async def _converse(self, stream: _Stream, backoff: Backoff) -> None:
@@ -288,6 +293,20 @@ class WorkerLink:
         if self._give_up is not None:
             self._give_up.cancel()
             self._give_up = None
+
+
+async def _is_refused(endpoint: str) -> bool:
+    """Whether nobody listens there any more: the process is dead, so there is nothing to resume."""
+    host, port = split_host_port(endpoint)
+    try:
+        async with asyncio.timeout(REFUSED_S):
+            _, writer = await asyncio.open_connection(host, port)
+    except ConnectionRefusedError:
+        return True
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return False
 
 
 def _reason(error: BaseException) -> str:

@@ -51,7 +51,7 @@ class Message(msgspec.Struct, forbid_unknown_fields=True):
 class Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What both endpoints take: OpenAI's fields, and the extra ones that vLLM made usual."""
 
-    model: str
+    model: str | None = None
     n: int | None = None
     max_tokens: int | None = None
     stream: bool | None = None
