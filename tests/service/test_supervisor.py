@@ -66,13 +66,14 @@ async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
 
 async def test_start_and_orderly_stop(tmp_path: Path) -> None:
     events: list[str] = []
+    strangers = set(psutil.Process().children(recursive=True))
     with RunDir(tmp_path / "run") as run_dir:
         supervisor = Supervisor([part(tmp_path), part(tmp_path, "router-0", "router")], run_dir, tmp_path)
         supervisor.on_event = lambda child, text: events.append(f"{child.part.id} {text}")
         await supervisor.start()
         assert {process["role"] for process in processes(run_dir.path)} == {"router", "decode"}
         assert all(process["endpoints"] == {"grpc": "127.0.0.1:1"} for process in processes(run_dir.path))
-        family = psutil.Process().children(recursive=True)
+        family = set(psutil.Process().children(recursive=True)) - strangers
         assert len([process for process in family if process.name() == "sleep"]) == 2
         await supervisor.stop(grace_s=5)
         assert processes(run_dir.path) == []
