@@ -15,7 +15,7 @@ from twostroke_chassis.membership import Joined, Left, new_epoch
 from tests.support.members import TTL_S, member, observing, record
 from tests.support.servers import EtcdServer
 
-pytestmark = pytest.mark.service
+pytestmark = [pytest.mark.service, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

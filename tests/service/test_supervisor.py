@@ -19,6 +19,8 @@ from twostroke_cli.child import Child, Endpoints, Part
 from twostroke_cli.errors import CommandError
 from twostroke_cli.supervisor import RunDir, Supervisor
 
+pytestmark = pytest.mark.slow
+
 # Says that it is ready, starts a child of its own, and sleeps; ends at SIGTERM unless it is told to be stubborn.
 SERVICE = """
 import pathlib, signal, subprocess, sys, time

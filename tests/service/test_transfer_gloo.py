@@ -24,6 +24,8 @@ from twostroke_engine.transfer.messages import SegmentReady
 from tests.support.gloo_prefill import FromPrefill, Outcome, RunPrompt, to_line
 from tests.support.transfer_ends import NUM_LAYERS, SPEC, Receiving, make_request
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TOKENS = tuple(range(500, 600))
 
