@@ -107,7 +107,10 @@ class Supervisor:
 
     async def wait(self) -> None:
         """Returns when no process is left to supervise; `CommandError` if one cannot be started again."""
-        await asyncio.gather(*self._tasks)
+        # Unlike gather, a cancelled wait leaves the tasks alone: `stop` needs them to see their processes end.
+        done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
 
     async def stop(self, grace_s: float) -> None:
         """Ends everything, the router first, giving requests in flight `grace_s` to end."""

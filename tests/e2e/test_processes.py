@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -79,6 +80,8 @@ def test_nothing_survives(how: signal.Signals, tiny_model: Path, tmp_path: Path)
     assert len(family) >= 5
     cluster.supervisor.send_signal(how)
     cluster.supervisor.wait(timeout=40)
+    if how != signal.SIGKILL:
+        assert json.loads((tmp_path / "cluster.json").read_text())["processes"] == []
     _gone, alive = psutil.wait_procs(family, timeout=10)
     assert [process.cmdline() for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
