@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -39,13 +40,17 @@ async def watch_status(http: str) -> None:
 
 def worker_table(cluster: Mapping[str, Any]) -> Table:
     """One row for each worker."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=f"model {cluster.get('model')}", title_justify="left")
+    # Ten columns fit into a terminal of 80 with nothing cut.
+    table = Table(
+        title=f"model {cluster.get('model')}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     table.add_column("worker", no_wrap=True)
-    table.add_column("state")
-    for name in ("run", "wait", "step", "KV used", "cached", "hit", "KV moved", "preempt"):
-        table.add_column(name, justify="right")
+    table.add_column("state", no_wrap=True)
+    for name in ("run", "wait", "step", "KV used", "cached", "hit", "moved", "preempt"):
+        table.add_column(name, justify="right", no_wrap=True)
     for worker in cluster["workers"]:
         table.add_row(*worker_row(worker))
     return table
@@ -60,12 +65,17 @@ def worker_row(worker: Mapping[str, Any]) -> list[str]:
         f"{load.get('running', 0)}",
         f"{load.get('waiting', 0)}",
         f"{1000 * load.get('step_s', 0.0):.0f} ms",
-        f"{blocks.get('leased', 0)}/{blocks.get('total', 0)}",
-        f"{blocks.get('cached', 0)}",
-        "-" if hit_rate is None else f"{100 * hit_rate:.0f} %",
+        in_percent(blocks.get("leased", 0), blocks.get("total", 0)),
+        in_percent(blocks.get("cached", 0), blocks.get("total", 0)),
+        "-" if hit_rate is None else in_percent(hit_rate, 1),
         in_bytes(worker.get("kv_bytes", 0)),
         f"{worker.get('preemptions', 0)}",
     ]
+
+
+def in_percent(part: float, whole: float) -> str:
+    """A share for people; rounded up, so that little is not nothing."""
+    return f"{math.ceil(100 * part / whole) if whole else 0} %"
 
 
 def in_bytes(count: float) -> str:

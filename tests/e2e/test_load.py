@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from pathlib import Path
 
 import grpc
@@ -22,6 +23,8 @@ class Outcome:
         self.finished = 0
         self.cancelled = 0
         self.errors: list[str] = []
+        self.longest_wait_s = 0.0
+        """Longest time to a first token, as a client saw it."""
 
 
 async def one(
@@ -48,8 +51,11 @@ async def one(
     if cancel:
         asyncio.get_running_loop().call_later(draw.uniform(0, 0.6), call.cancel)
     tokens: dict[int, int] = {}
+    began_s = time.monotonic()
     try:
         async for message in call:
+            if not tokens:
+                outcome.longest_wait_s = max(outcome.longest_wait_s, time.monotonic() - began_s)
             tokens[message.choice] = tokens.get(message.choice, 0) + len(message.tokens)
     except asyncio.CancelledError:
         outcome.cancelled += 1
@@ -99,6 +105,7 @@ async def test_oversubscribed_pools(prefill: int, tiny_model: Path, tmp_path: Pa
         assert outcome.finished == 500
         decode = next(worker for worker in cluster.workers() if worker["role"] == "decode")
         assert decode["preemptions"] > 0, "the pool was never short: the test shows nothing"
-        assert all(worker["longest_wait_s"] < 120 for worker in cluster.workers())
-        print("longest wait", {worker["id"]: worker["longest_wait_s"] for worker in cluster.workers()})
+        assert outcome.longest_wait_s < 60, "someone starves"
+        waits = {worker["id"]: round(worker["longest_wait_s"], 2) for worker in cluster.workers()}
+        print(f"preemptions {decode['preemptions']}, longest wait {outcome.longest_wait_s:.2f} s, in workers {waits}")
         assert_blocks_come_home(cluster)
