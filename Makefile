@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 PACKAGES := proto kernels engine services/chassis services/worker services/router services/prefill services/decode cli
-CODE := $(PACKAGES) deploy examples hatch_build.py
+CODE := $(PACKAGES) deploy examples benchmarks hatch_build.py
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 export PYTHON
 .PHONY: help setup run demo test quick lint format types arch check proto clean

@@ -44,9 +44,11 @@ def up(  # noqa: PLR0913 - a command's arguments are its flags
     device: opt.Device = "cpu",
     dtype: opt.Dtype = "bfloat16",
     threads: opt.Threads = 0,
+    load_format: opt.LoadFormat = "safetensors",
     block_size: opt.BlockSize = None,
     num_blocks: opt.NumBlocks = None,
     kv_cache_bytes: opt.KVCacheBytes = None,
+    gpu_memory_fraction: opt.GpuMemoryFraction = None,
     max_model_len: opt.MaxModelLen = None,
     max_step_tokens: opt.MaxStepTokens = None,
     max_running: opt.MaxRunning = None,
@@ -65,11 +67,11 @@ def up(  # noqa: PLR0913 - a command's arguments are its flags
     from twostroke_cli.screen import Screen
     from twostroke_cli.up import up as run_cluster
 
-    worker = {"device": device, "dtype": dtype, "block_size": block_size, "num_blocks": num_blocks}
-    worker |= {"kv_cache_bytes": kv_cache_bytes, "max_model_len": max_model_len, "max_running": max_running}
-    worker |= {"max_step_tokens": max_step_tokens, "transfer_layers": transfer_layers}
+    worker: dict[str, Any] = {"device": device, "dtype": dtype, "load_format": load_format, "block_size": block_size}
+    worker |= {"num_blocks": num_blocks, "kv_cache_bytes": kv_cache_bytes, "max_step_tokens": max_step_tokens}
+    worker |= {"gpu_memory_fraction": gpu_memory_fraction, "max_model_len": max_model_len, "max_running": max_running}
     plan = ClusterPlan(
-        model=resolve_model(model, typer.echo),
+        model=resolve_model(model, typer.echo, needs_weights=load_format != "random"),
         http=claim(http, "--http"),
         grpc=claim(grpc, "--grpc"),
         run_dir=run_dir.resolve(),
@@ -82,7 +84,7 @@ def up(  # noqa: PLR0913 - a command's arguments are its flags
         is_restarted=not no_restart,
         num_threads=threads,
         service_flags=flags(cluster=cluster, log_level=log_level),
-        worker_flags=flags(**worker, transfer_timeout_s=transfer_timeout_s),
+        worker_flags=flags(**worker, transfer_layers=transfer_layers, transfer_timeout_s=transfer_timeout_s),
         router_flags=flags(api_keys_file=api_keys_file, max_body_bytes=max_body_bytes),
     )
     asyncio.run(run_cluster(plan, Screen()))

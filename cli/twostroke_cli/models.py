@@ -36,8 +36,11 @@ def home() -> Path:
     return Path(chosen or f"{cache}/twostroke").expanduser()
 
 
-def resolve_model(model: str, say: Say = print) -> ModelFolder:
-    """Finds a folder, fetches a known model once, or takes a snapshot of ORG/NAME[@REVISION] from the hub."""
+def resolve_model(model: str, say: Say = print, needs_weights: bool = True) -> ModelFolder:
+    """Finds a folder, fetches a known model once, or takes a snapshot of ORG/NAME[@REVISION] from the hub.
+
+    A folder on this disk may lack weights if they are to be drawn at random.
+    """
     from twostroke_cli.pull import KNOWN_MODELS, pull
 
     if model in KNOWN_MODELS and not Path(model).is_dir():
@@ -51,11 +54,11 @@ def resolve_model(model: str, say: Say = print) -> ModelFolder:
         raise CommandError(
             f"--model {model}: no such folder; known names are: {known}; ORG/NAME is fetched from the hub"
         )
-    check_folder(folder, model)
+    check_folder(folder, model, needs_weights)
     return ModelFolder(folder, folder.name)
 
 
-def check_folder(folder: Path, model: str) -> None:
+def check_folder(folder: Path, model: str, needs_weights: bool = True) -> None:
     """`CommandError` unless the folder looks like a HuggingFace checkpoint with safetensors."""
     config = folder / "config.json"
     try:
@@ -64,7 +67,7 @@ def check_folder(folder: Path, model: str) -> None:
         raise CommandError(f"--model {model}: cannot read {config}: {error.strerror}") from None
     except ValueError as error:
         raise CommandError(f"--model {model}: {config} is not JSON: {error}") from None
-    if not any(folder.glob("*.safetensors")):
+    if needs_weights and not any(folder.glob("*.safetensors")):
         raise CommandError(f"--model {model}: {folder} holds no *.safetensors")
 
 

@@ -31,10 +31,17 @@ Dtype = Annotated[str, typer.Option(metavar="bfloat16|float32", help="Number for
 Threads = Annotated[
     int, typer.Option(min=0, metavar="N", help="CPU threads of each worker; 0: its share of the cores.")
 ]
+LoadFormat = Annotated[
+    str, typer.Option(metavar="safetensors|random", help="random: draw weights; config.json and tokenizer suffice.")
+]
 BlockSize = Annotated[int | None, typer.Option(metavar="TOKENS", help="Tokens in a KV block, a multiple of 16.")]
 NumBlocks = Annotated[int | None, typer.Option(metavar="N", help="KV blocks of each worker.")]
 KVCacheBytes = Annotated[
     int | None, typer.Option("--kv-cache-bytes", metavar="BYTES", help="KV memory of each worker.")
+]
+GpuMemoryFraction = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="Share of the GPU's memory that each worker fills, KV cache included."),
 ]
 MaxModelLen = Annotated[int | None, typer.Option(metavar="TOKENS", help="Most tokens of a request.")]
 MaxStepTokens = Annotated[int | None, typer.Option(metavar="TOKENS", help="Token budget of an engine step.")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 
@@ -15,9 +17,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`bfloat16` or `float32` (also `float16` on GPUs)."""
     block_size: int = 16
     """Tokens in a KV block, a multiple of 16."""
+    load_format: Literal["safetensors", "random"] = "safetensors"
+    """`random`: config.json alone is read, and weights are drawn from a fixed seed on the device."""
     num_blocks: int | None = None
     """KV blocks; None: what `kv_cache_bytes` holds."""
-    kv_cache_bytes: int = 1 << 30
+    kv_cache_bytes: int | None = None
+    """None: 1 GiB on a CPU; on a GPU what a profile run leaves of `gpu_memory_fraction`."""
+    gpu_memory_fraction: float = 0.9
+    """Share of a GPU's memory for weights, activations and KV together; captured graphs take some more."""
     max_model_len: int | None = None
     """Most tokens of a request; None: the model's own limit. Never more than the pool holds."""
     max_step_tokens: int = 512

@@ -32,6 +32,9 @@ from twostroke_engine.updates import Updates
 class Runner(Protocol):
     """Computes plans; the only part that touches tensors."""
 
+    lookahead: int
+    """Tokens beyond the newest that a decoding sequence should have a block for, if there are blocks to spare."""
+
     def execute(self, plan: StepPlan, sink: KVSink) -> StepOutput:
         """Runs one step."""
         ...
@@ -58,7 +61,9 @@ class Engine:
         self._runner = runner
         self._clock = clock
         self._sender: SendingEnd = NoSender()
-        self._scheduler = Scheduler(self.pool, spec.block_size, config.max_step_tokens, config.max_running)
+        self._scheduler = Scheduler(
+            self.pool, spec.block_size, config.max_step_tokens, config.max_running, runner.lookahead
+        )
         self._rules = StopRules(eos_token_ids, self.max_model_len)
         self._active: dict[str, ActiveRequest] = {}
         self._deadlines: list[tuple[float, str]] = []

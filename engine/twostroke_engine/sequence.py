@@ -67,6 +67,7 @@ class Sequence:
         self.arrival = 0
         self.state = SequenceState.WAITING
         self.token_ids = list(request.token_ids)
+        self._num_prompt_tokens = len(request.token_ids)
         self.num_computed = 0
         self.block_ids: list[int] = []
         self.hashes = HashChain(root_hash(request.cache_salt, request.adapter), block_size)
@@ -91,7 +92,7 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         """Tokens sampled so far."""
-        return len(self.token_ids) - self.request.num_prompt_tokens
+        return len(self.token_ids) - self._num_prompt_tokens
 
     @property
     def num_remaining(self) -> int:

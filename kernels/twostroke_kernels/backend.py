@@ -111,11 +111,15 @@ class SampledRows:
 class Backend(Protocol):
     """The operations of one kind of device. Outputs are new tensors unless a line says in place.
 
-    A backend may remember what it derived from a step's index tensors (positions, slots, a `PagedBatch`): they are new
-    objects in every step and never changed in place.
+    A backend that does not capture graphs may remember what it derived from a step's index tensors (positions, slots, a
+    `PagedBatch`): for it they are new objects in every step and never changed in place.
     """
 
     device: torch.device
+    captures_graphs: bool
+    """A decode step may be captured in a CUDA graph: everything but attention to prompt chunks and sampling neither
+    synchronises, nor remembers index tensors, and reads lengths on the device (`max_context_len` is then an upper
+    bound)."""
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, in], weight [out, in], bias [out] -> [T, out]."""

@@ -20,6 +20,8 @@ _MASK64 = (1 << 64) - 1
 class ReferenceBackend:
     """`Backend` in float64, one sequence, row or block at a time."""
 
+    captures_graphs = False
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
 

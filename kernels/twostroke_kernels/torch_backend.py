@@ -24,6 +24,8 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class TorchBackend:
     """`Backend` in PyTorch. Not thread-safe: it remembers what it derived from the current step's index tensors."""
 
+    captures_graphs = False
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._rotary: StepMemo[RotaryStep] = StepMemo()

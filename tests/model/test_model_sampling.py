@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from twostroke_engine.request import SamplingParams
+from twostroke_engine.runner.upload import uploader
 from twostroke_engine.sample.logits import adjustments_for, gather_penalties
 from twostroke_kernels.backend import SamplingRows
 from twostroke_kernels.choice import choose_backend
@@ -79,7 +80,7 @@ def test_adjustments_equal_the_definition(rows: list[Any], seed: int) -> None:
             for token in output[known:]:
                 adjustments.append(token)
             entries.append((at, adjustments, len(output)))
-    gathered = gather_penalties(entries, CPU)
+    gathered = gather_penalties(entries, uploader(CPU))
     got = logits.clone()
     if gathered is not None:
         cells = list(zip(gathered.rows.tolist(), gathered.tokens.tolist(), strict=True))
@@ -95,7 +96,7 @@ def test_untouched_sequences_cost_nothing() -> None:
     assert adjustments_for(SamplingParams(temperature=0.7, top_k=5), [1, 2], 2, (EOS_TOKEN_ID,), VOCAB) is None
     late = adjustments_for(SamplingParams(min_tokens=2), [1, 2], 2, (EOS_TOKEN_ID,), VOCAB)
     assert late is not None
-    assert gather_penalties([(0, late, 2)], CPU) is None
+    assert gather_penalties([(0, late, 2)], uploader(CPU)) is None
 
 
 @pytest.mark.parametrize(

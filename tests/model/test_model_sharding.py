@@ -16,6 +16,7 @@ from twostroke_engine.model.layers import rotary_table
 from twostroke_engine.model.linear import ColumnLinear, QKVLinear, RowLinear
 from twostroke_engine.quant.dense import Dense
 from twostroke_engine.quant.scheme import ParamSpec
+from twostroke_engine.runner.forward import EagerForward
 from twostroke_engine.runner.model_runner import LoadedModel, ModelRunner
 from twostroke_engine.runner.parallel import OneRank
 from twostroke_engine.weights.checkpoint import Checkpoint
@@ -64,7 +65,7 @@ def rank_of(folder: Path, group: ThreadRank, whole: LoadedModel) -> LoadedModel:
     num_heads = max(1, config.num_kv_heads // group.size)
     pool = torch.zeros(whole.num_blocks, config.num_layers, 2, 16, num_heads, config.head_dim)
     fields = {name: getattr(whole, name) for name in LoadedModel.__slots__}
-    return LoadedModel(**{**fields, "runner": ModelRunner(decoder, backend, pool, config)})
+    return LoadedModel(**{**fields, "runner": ModelRunner(EagerForward(decoder, pool), backend, pool, config)})
 
 
 @pytest.mark.parametrize(

@@ -393,6 +393,6 @@ def test_when_the_service_is_killed_its_engine_goes_too(prefill: str, prefill_wo
     prefill_worker.process.kill()
     prefill_worker.process.wait()
     killed_s = time.monotonic()
-    psutil.wait_procs([engine], timeout=5)
+    psutil.wait_procs([engine], timeout=10)
     assert not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE
-    assert time.monotonic() - killed_s < 2
+    assert time.monotonic() - killed_s < 5

@@ -70,6 +70,8 @@ class _Known:
 class ScriptedRunner:
     """Executes plans as a real runner does, and asserts on the way that every read finds what was written for it."""
 
+    lookahead = 0
+
     def __init__(self, num_blocks: int, block_size: int, max_step_tokens: int) -> None:
         self.block_size = block_size
         self.kv: list[list[bytes | None]] = [[None] * block_size for _ in range(num_blocks)]

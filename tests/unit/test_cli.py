@@ -126,6 +126,7 @@ def test_a_folder_that_is_no_checkpoint_says_why(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(CommandError, match="holds no"):
         models.resolve_model(str(folder))
+    assert models.resolve_model(str(folder), needs_weights=False).name == "mine", "weights are to be drawn"
     (folder / "config.json").write_text("{")
     with pytest.raises(CommandError, match="not JSON"):
         models.resolve_model(str(folder))

@@ -20,9 +20,11 @@ BLOCK = 16
 class Desk:
     """A scheduler, its pool, and a runner that takes 7 for every next token."""
 
-    def __init__(self, num_blocks: int = 16, max_step_tokens: int = 64, max_running: int = 8) -> None:
+    def __init__(
+        self, num_blocks: int = 16, max_step_tokens: int = 64, max_running: int = 8, lookahead: int = 0
+    ) -> None:
         self.pool = BlockPool(num_blocks)
-        self.scheduler = Scheduler(self.pool, BLOCK, max_step_tokens, max_running)
+        self.scheduler = Scheduler(self.pool, BLOCK, max_step_tokens, max_running, lookahead)
         self.sequences: dict[str, Sequence] = {}
         self.step = 0
 
@@ -109,6 +111,21 @@ def test_the_least_important_and_latest_is_preempted_and_comes_back_first() -> N
     assert [new.sequence_id for new in plan.new] == [last.sequence_id]
     assert plan.new[0].token_ids == tuple(last.token_ids[:17])
     assert first.is_running
+
+
+def test_a_block_for_the_next_token_is_taken_early_but_never_from_another() -> None:
+    desk = Desk(num_blocks=3, lookahead=1)
+    first, last = desk.add("first", 14), desk.add("last", 14)
+    desk.run()
+    desk.run()
+    assert (first.num_tokens, len(first.block_ids)) == (16, 1)
+    plan = desk.run()
+    assert (first.num_computed, len(first.block_ids)) == (16, 2), "token 16 is not there yet, its block is"
+    assert plan.scheduled[0].new_block_ids == tuple(first.block_ids[1:])
+    assert (last.num_computed, len(last.block_ids)) == (16, 1), "none was spare, and no one was preempted for it"
+    assert desk.scheduler.preemptions == 0
+    assert desk.counts(desk.run()) == {"first": 1}
+    assert desk.scheduler.preemptions == 1, "the token itself is worth one"
 
 
 def test_hand_offs_are_no_victims() -> None:

@@ -62,8 +62,15 @@ class Decoder:
 
     def logits(self, hidden: Hidden, rows: Tensor) -> Tensor:
         """float32 logits [R, V] of some rows only: the head is a large part of a small model's work."""
+        return self.head(self._last(hidden, rows))
+
+    def write_logits(self, hidden: Hidden, out: Tensor) -> None:
+        """float32 logits of every row, into a tensor that is there already."""
+        self.head.write(self._last(hidden, slice(None)), out)
+
+    def _last(self, hidden: Hidden, rows: Tensor | slice) -> Tensor:
         x, _ = self.norm.add(hidden.x[rows], hidden.residual[rows])
-        return self.head(x)
+        return x
 
 
 def build_decoder(architecture: Architecture, config: ModelConfig, layers: LayerFactory) -> Decoder:

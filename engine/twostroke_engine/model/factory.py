@@ -13,7 +13,7 @@ from twostroke_kernels.backend import HeadNorm
 
 from twostroke_engine.model.layers import Embedding, Head, RMSNorm
 from twostroke_engine.model.linear import Linear, MergedLinear, QKVLinear, RowLinear, Shard
-from twostroke_engine.weights.loader import Pull, Source, load
+from twostroke_engine.weights.loader import Pull, Source
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from twostroke_engine.model.config import ModelConfig
     from twostroke_engine.quant.scheme import Params, ParamSpec, QuantScheme
     from twostroke_engine.runner.parallel import ParallelGroup
-    from twostroke_engine.weights.checkpoint import Checkpoint
+    from twostroke_engine.weights.loader import WeightSource
 
 
 AnyLinear = TypeVar("AnyLinear", bound=Linear)
@@ -85,13 +85,13 @@ class LayerFactory:
             return Head(self.backend, embedding.weight)
         return Head(self.backend, self._whole(f"{name}.weight", (config.vocab_size, config.hidden_size)))
 
-    def load(self, checkpoint: Checkpoint) -> None:
+    def load(self, weights: WeightSource) -> None:
         """Fills every layer made so far.
 
         Raises:
-            ModelError: the checkpoint does not fit the model.
+            ModelError: the weights do not fit the model.
         """
-        load(checkpoint, self._pulls, self._unneeded)
+        weights.fill(self._pulls, self._unneeded)
         for linear in self._linears:
             linear.prepare()
 

@@ -58,6 +58,10 @@ class Head:
         """float32 logits."""
         return self.backend.linear(x, self.weight).float()
 
+    def write(self, x: Tensor, out: Tensor) -> None:
+        """The same, into `out`: one pass over the logits, not two."""
+        out.copy_(self.backend.linear(x, self.weight))
+
 
 @dataclass(frozen=True, slots=True)
 class GatedMLP:

@@ -43,6 +43,16 @@ class GrowingInts:
         """Adds to one entry."""
         self._data[index] += amount
 
+    def at(self, index: int) -> int:
+        """One entry.
+
+        Raises:
+            IndexError: there is none.
+        """
+        if index >= self._len:
+            raise IndexError(f"entry {index} asked of {self._len}")
+        return int(self._data[index])
+
     def view(self, start: int = 0, end: int | None = None) -> NDArray[np.int64]:
         """Entries [start, end); valid until the next append.
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from twostroke_kernels.backend import PagedBatch
+
+from twostroke_engine.runner.upload import uploader
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,7 +83,7 @@ class InputBuilder:
     def __init__(self, pool: Tensor, block_size: int) -> None:
         self._kv_layers = tuple(pool[:, layer] for layer in range(pool.shape[1]))
         self._block_size = block_size
-        self._device = pool.device
+        self._upload = uploader(pool.device)
 
     def build(self, chunks: Sequence[Chunk], sink: KVSink) -> ForwardInputs:
         """`chunks` hold at least one token each; those of one token come first."""
@@ -96,9 +97,9 @@ class InputBuilder:
         slots = tables[owners, positions // self._block_size] * self._block_size + positions % self._block_size
         num_decode = int((counts == 1).sum())
         return ForwardInputs(
-            token_ids=self._to_device(np.concatenate([c.sequence.tokens.view(c.start, c.end) for c in chunks])),
-            positions=self._to_device(positions),
-            slots=self._to_device(slots),
+            token_ids=self._upload(np.concatenate([c.sequence.tokens.view(c.start, c.end) for c in chunks])),
+            positions=self._upload(positions),
+            slots=self._upload(slots),
             decode=self._batch(chunks[:num_decode], tables[:num_decode]),
             prefill=self._batch(chunks[num_decode:], tables[num_decode:]),
             kv_layers=self._kv_layers,
@@ -123,12 +124,9 @@ class InputBuilder:
         np.cumsum([chunk.count for chunk in chunks], out=query_starts[1:])
         max_blocks = -(-max(context_lens) // self._block_size)
         return PagedBatch(
-            block_tables=self._to_device(np.ascontiguousarray(tables[:, :max_blocks])),
-            query_starts=self._to_device(query_starts),
-            context_lens=self._to_device(np.array(context_lens, dtype=np.int64)),
+            block_tables=self._upload(np.ascontiguousarray(tables[:, :max_blocks])),
+            query_starts=self._upload(query_starts),
+            context_lens=self._upload(np.array(context_lens, dtype=np.int64)),
             max_query_len=max(chunk.count for chunk in chunks),
             max_context_len=max(context_lens),
         )
-
-    def _to_device(self, values: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(values).to(self._device)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from twostroke_kernels.choice import choose_backend
 
@@ -16,17 +18,24 @@ from twostroke_engine.model.factory import LayerFactory
 from twostroke_engine.model.families import FAMILIES
 from twostroke_engine.model.layers import rotary_table
 from twostroke_engine.quant.dense import Dense
-from twostroke_engine.runner.inputs import InputBuilder, chunks_in_order
+from twostroke_engine.runner.cuda_graphs import graph_forward
+from twostroke_engine.runner.decode_rows import MAX_GRAPH_BATCH
+from twostroke_engine.runner.flight import NOTHING, Flight, following_step
+from twostroke_engine.runner.forward import EagerForward
+from twostroke_engine.runner.inputs import chunks_in_order
+from twostroke_engine.runner.memory import measured_num_blocks, told_num_blocks
 from twostroke_engine.runner.parallel import OneRank
 from twostroke_engine.runner.sequence import RunnerSequence
+from twostroke_engine.runner.upload import uploader
 from twostroke_engine.sample.logits import adjustments_for
 from twostroke_engine.sample.sampler import Sampler, SampleRow
 from twostroke_engine.schedule.plan import Sampled, StepOutput
 from twostroke_engine.weights.checkpoint import Checkpoint
 from twostroke_engine.weights.fingerprint import model_fingerprint
+from twostroke_engine.weights.random_weights import RandomWeights
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
     from twostroke_kernels.backend import Backend
@@ -34,9 +43,11 @@ if TYPE_CHECKING:
     from twostroke_engine.config import EngineConfig
     from twostroke_engine.model.config import ModelConfig
     from twostroke_engine.model.decoder import Decoder
+    from twostroke_engine.runner.forward import ForwardPath
     from twostroke_engine.runner.inputs import Chunk
     from twostroke_engine.schedule.plan import BlockCopy, NewSequence, Scheduled, StepPlan
     from twostroke_engine.transfer.end import KVSink
+    from twostroke_engine.weights.loader import WeightSource
 
 DEVICE_TYPES = ("cpu", "cuda")
 
@@ -44,15 +55,18 @@ DEVICE_TYPES = ("cpu", "cuda")
 class ModelRunner:
     """One rank's model, KV pool and copies of the sequences it was told of."""
 
-    def __init__(self, decoder: Decoder, backend: Backend, kv_pool: Tensor, model: ModelConfig) -> None:
+    def __init__(self, forward: ForwardPath, backend: Backend, kv_pool: Tensor, model: ModelConfig) -> None:
         self.backend = backend
         self.kv_pool = kv_pool
-        self._decoder = decoder
-        self._model = model
+        self.forward = forward
+        self.model = model
         self._block_size = kv_pool.shape[3]
-        self._inputs = InputBuilder(kv_pool, self._block_size)
+        self._upload = uploader(backend.device)
         self._sampler = Sampler(backend, model.vocab_size)
         self._sequences: dict[int, RunnerSequence] = {}
+        self._ahead = NOTHING
+        self.lookahead = forward.lookahead
+        """Tokens beyond the newest that a decoding sequence should have blocks for, if there are any to spare."""
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, sink: KVSink) -> StepOutput:
@@ -68,55 +82,78 @@ class ModelRunner:
         for new in plan.new:
             self._sequences[new.sequence_id] = self._learn(new)
         for entry in plan.scheduled:
-            self._sequences[entry.sequence_id].blocks.extend(entry.new_block_ids)
-        if not plan.scheduled:
-            return StepOutput(step=plan.step)
-        chunks, last_rows = chunks_in_order(plan.scheduled, self._sequences)
+            if entry.new_block_ids:
+                self._sequences[entry.sequence_id].blocks.extend(entry.new_block_ids)
+        ahead, rest = self._ahead.split(plan.scheduled, self._sequences)
+        launched = self._launch(rest, sink) if rest else NOTHING
+        # What waits for tokens of two launches at once is left to the next step.
+        self._ahead = NOTHING if rest and ahead.entries else self._run_ahead(launched if rest else ahead)
+        sampled = {entry.sequence_id: entry for flight in (ahead, launched) for entry in self._land(flight)}
+        return StepOutput(
+            step=plan.step,
+            sampled=tuple(sampled[entry.sequence_id] for entry in plan.scheduled if entry.sequence_id in sampled),
+        )
+
+    def _launch(self, scheduled: Sequence[Scheduled], sink: KVSink) -> Flight:
+        chunks, last_rows = chunks_in_order(scheduled, self._sequences)
         self._clear_begun(chunks)
-        hidden = self._decoder(self._inputs.build(chunks, sink))
-        ends = [(entry, row) for entry, row in zip(plan.scheduled, last_rows, strict=True) if entry.choices]
-        if not ends:
-            return StepOutput(step=plan.step)
-        rows = torch.tensor([row for _, row in ends], device=self.backend.device)
-        logits = self._decoder.logits(hidden, rows)
-        return StepOutput(step=plan.step, sampled=self._sample(logits, [entry for entry, _ in ends]))
+        ends = [(entry, row) for entry, row in zip(scheduled, last_rows, strict=True) if entry.choices]
+        logits = self.forward.logits(chunks, [row for _, row in ends], sink)
+        return NOTHING if logits is None else self._choose(logits, [entry for entry, _ in ends])
+
+    def _run_ahead(self, flight: Flight) -> Flight:
+        """Launches the step after one that only decodes, as if all of its sequences went on.
+
+        Those that do not are left out when the next plan says so. What was computed for them lies behind their last
+        token, in blocks that were theirs when it was launched: whoever gets those next writes after it.
+        """
+        following = following_step(flight, self._sequences, self._block_size) if self.lookahead else ()
+        if not following:
+            return NOTHING
+        chunks, _ = chunks_in_order(following, self._sequences)
+        self._clear_begun(chunks)
+        logits = self.forward.ahead(chunks, flight.own_token_ids(self._upload))
+        return NOTHING if logits is None else self._choose(logits, following)
 
     def _learn(self, new: NewSequence) -> RunnerSequence:
         adjustments = adjustments_for(
-            new.sampling, new.token_ids, new.num_prompt_tokens, self._model.eos_token_ids, self._model.vocab_size
+            new.sampling, new.token_ids, new.num_prompt_tokens, self.model.eos_token_ids, self.model.vocab_size
         )
         return RunnerSequence(new, adjustments)
 
     def _copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         if not copies:
             return
-        device = self.backend.device
-        sources = torch.tensor([copy.source for copy in copies], device=device)
-        targets = torch.tensor([copy.target for copy in copies], device=device)
-        self.backend.copy_blocks(self.kv_pool, sources, targets)
+        ends = self._upload(np.array([(copy.source, copy.target) for copy in copies], dtype=np.int64).T.copy())
+        self.backend.copy_blocks(self.kv_pool, ends[0], ends[1])
 
     def _clear_begun(self, chunks: Sequence[Chunk]) -> None:
         """Zeroes blocks that this step begins and does not fill: NaN in an unused row would reach P.V."""
         begun = [block for chunk in chunks if (block := chunk.begun_block(self._block_size)) is not None]
         if begun:
-            self.kv_pool.index_fill_(0, torch.tensor(begun, device=self.backend.device), 0)
+            self.kv_pool.index_fill_(0, self._upload(np.array(begun, dtype=np.int64)), 0)
 
-    def _sample(self, logits: Tensor, ends: Sequence[Scheduled]) -> tuple[Sampled, ...]:
+    def _choose(self, logits: Tensor, ends: Sequence[Scheduled]) -> Flight:
         """`logits` has one row per entry, whatever its number of choices."""
         rows = [self._sample_row(entry, choice) for entry in ends for choice in entry.choices]
         if len(rows) > len(ends):
-            counts = torch.tensor([len(entry.choices) for entry in ends], device=logits.device)
-            logits = logits.repeat_interleave(counts, dim=0)
-        chosen = iter(self._sampler.sample(logits, rows))
-        sampled = []
-        for entry in ends:
-            tokens = [next(chosen) for _ in entry.choices]
+            counts = self._upload(np.array([len(entry.choices) for entry in ends], dtype=np.int64))
+            logits = logits.repeat_interleave(counts, dim=0, output_size=len(rows))
+        firsts = accumulate((len(entry.choices) for entry in ends[:-1]), initial=0)
+        sequences = [self._sequences[entry.sequence_id] for entry in ends]
+        return Flight(tuple(ends), tuple(sequences), tuple(firsts), self._sampler.start(logits, rows))
+
+    def _land(self, flight: Flight) -> Iterator[Sampled]:
+        """Waits for a flight's tokens."""
+        chosen = flight.choosing.result() if flight.choosing else []
+        for entry, first in zip(flight.entries, flight.rows, strict=True):
+            tokens = chosen[first : first + len(entry.choices)]
             finite = all(token.finite for token in tokens)
-            sampled.append(
-                Sampled(sequence_id=entry.sequence_id, tokens=tuple(token.token for token in tokens), finite=finite)
+            sampled = Sampled(
+                sequence_id=entry.sequence_id, tokens=tuple(token.token for token in tokens), finite=finite
             )
-            self._append_own(entry, sampled[-1])
-        return tuple(sampled)
+            self._append_own(entry, sampled)
+            yield sampled
 
     def _sample_row(self, entry: Scheduled, choice: int) -> SampleRow:
         sequence = self._sequences[entry.sequence_id]
@@ -156,29 +193,79 @@ def build_runner(config: EngineConfig) -> LoadedModel:
         ModelError: anything that the user can put right; one line.
     """
     device = _device(config)
+    free_at_start = _free_bytes(device)
     folder = Path(config.model_dir)
     model = read_model_config(folder, FAMILIES)
-    checkpoint = Checkpoint.open(folder)
+    weights = _weights(config, folder, device)
     spec = _kv_spec(config, model)
-    num_blocks = _num_blocks(config, spec)
+    num_blocks = told_num_blocks(config, spec, device)
     limit = config.max_model_len if config.max_model_len is not None else model.max_positions
-    max_model_len = min(model.max_positions, limit, num_blocks * config.block_size)
+    max_model_len = min(model.max_positions, limit, *(() if num_blocks is None else (num_blocks * config.block_size,)))
     torch.set_num_threads(config.num_threads)
     backend = choose_backend(device)
-    decoder = _load_decoder(config, model, checkpoint, backend, max_model_len)
+    decoder = _load_decoder(config, model, weights, backend, max_model_len)
+    build = RunnerBuild(config, model, spec, decoder, backend)
+    if num_blocks is None:
+        num_blocks = measured_num_blocks(config, spec, free_at_start, build.pool, build.eager_runner, max_model_len)
+        max_model_len = min(max_model_len, num_blocks * config.block_size)
     return LoadedModel(
-        runner=ModelRunner(decoder, backend, _kv_pool(spec, num_blocks, device), model),
+        runner=build.runner(num_blocks, max_model_len),
         spec=spec,
         num_blocks=num_blocks,
         max_model_len=max_model_len,
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
-        model_fingerprint=model_fingerprint(model, config.dtype, checkpoint),
+        model_fingerprint=model_fingerprint(model, config.dtype, weights),
     )
 
 
+@dataclass(frozen=True, slots=True)
+class RunnerBuild:
+    """A loaded decoder, about to become a runner."""
+
+    config: EngineConfig
+    model: ModelConfig
+    spec: KVSpec
+    decoder: Decoder
+    backend: Backend
+
+    def pool(self, num_blocks: int) -> Tensor:
+        """A pool of zeros: NaN in rows that nothing has written would reach P.V."""
+        group = self.spec.groups[0]
+        shape = (num_blocks, self.spec.num_layers, 2, self.spec.block_size, group.num_kv_heads, group.head_dim)
+        device = self.backend.device
+        try:
+            return torch.zeros(shape, dtype=getattr(torch, self.spec.dtype), device=device)
+        except RuntimeError as error:  # torch raises no narrower one when a CPU has too little memory
+            raise ModelError(
+                f"cannot allocate {num_blocks * self.spec.block_bytes} bytes of KV cache ({num_blocks} blocks) on "
+                f"{device}"
+            ) from error
+
+    def eager_runner(self, pool: Tensor) -> ModelRunner:
+        """A runner without graphs."""
+        return ModelRunner(EagerForward(self.decoder, pool), self.backend, pool, self.model)
+
+    def runner(self, num_blocks: int, max_model_len: int) -> ModelRunner:
+        """The runner that serves; with graphs where the backend can be captured."""
+        if not self.backend.captures_graphs:
+            return self.eager_runner(self.pool(num_blocks))
+        # One block beyond those that the scheduler knows: padding rows write there.
+        pool = self.pool(num_blocks + 1)
+        max_rows = min(self.config.max_running, self.config.max_step_tokens, MAX_GRAPH_BATCH)
+        try:
+            logits = torch.empty(max_rows, self.model.vocab_size, dtype=torch.float32, device=pool.device)
+            forward = graph_forward(self.decoder, pool, max_model_len, logits)
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"the KV cache leaves no room for graphs of {max_rows} sequences: lower gpu_memory_fraction "
+                f"({self.config.gpu_memory_fraction}), num_blocks or kv_cache_bytes"
+            ) from error
+        return ModelRunner(forward, self.backend, pool[:num_blocks], self.model)
+
+
 def _load_decoder(
-    config: EngineConfig, model: ModelConfig, checkpoint: Checkpoint, backend: Backend, max_model_len: int
+    config: EngineConfig, model: ModelConfig, weights: WeightSource, backend: Backend, max_model_len: int
 ) -> Decoder:
     dtype: torch.dtype = getattr(torch, config.dtype)
     rotary = rotary_table(model.rope, model.head_dim, max_model_len, backend.device)
@@ -189,8 +276,17 @@ def _load_decoder(
         raise ModelError(
             f"{config.model_dir} in {config.dtype} does not fit into the memory of {config.device}"
         ) from error
-    layers.load(checkpoint)
+    layers.load(weights)
     return decoder
+
+
+def _weights(config: EngineConfig, folder: Path, device: torch.device) -> WeightSource:
+    return RandomWeights(device) if config.load_format == "random" else Checkpoint.open(folder)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Of a GPU, before anything is loaded; a CPU's memory is not sized."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def _device(config: EngineConfig) -> torch.device:
@@ -199,6 +295,8 @@ def _device(config: EngineConfig) -> torch.device:
         raise ModelError(f"dtype {config.dtype!r} is not supported; supported are {', '.join(DTYPE_BYTES)}")
     if config.block_size <= 0 or config.block_size % 16:
         raise ModelError(f"block_size must be a positive multiple of 16, not {config.block_size}")
+    if not 0 < config.gpu_memory_fraction <= 1:
+        raise ModelError(f"gpu_memory_fraction must be above 0 and at most 1, not {config.gpu_memory_fraction}")
     for name in ("max_model_len", "num_blocks", "num_threads"):
         value = getattr(config, name)
         if value is not None and value <= 0:
@@ -217,21 +315,3 @@ def _device(config: EngineConfig) -> torch.device:
 def _kv_spec(config: EngineConfig, model: ModelConfig) -> KVSpec:
     group = LayerGroup(num_layers=model.num_layers, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim)
     return KVSpec(block_size=config.block_size, dtype=config.dtype, groups=(group,))
-
-
-def _num_blocks(config: EngineConfig, spec: KVSpec) -> int:
-    num_blocks = config.num_blocks if config.num_blocks is not None else config.kv_cache_bytes // spec.block_bytes
-    if num_blocks < 1:
-        raise ModelError(f"kv_cache_bytes ({config.kv_cache_bytes}) holds no block of {spec.block_bytes} bytes")
-    return num_blocks
-
-
-def _kv_pool(spec: KVSpec, num_blocks: int, device: torch.device) -> Tensor:
-    group = spec.groups[0]
-    shape = (num_blocks, spec.num_layers, 2, spec.block_size, group.num_kv_heads, group.head_dim)
-    try:
-        return torch.zeros(shape, dtype=getattr(torch, spec.dtype), device=device)
-    except RuntimeError as error:  # torch raises no narrower one when a CPU has too little memory
-        raise ModelError(
-            f"cannot allocate {num_blocks * spec.block_bytes} bytes of KV cache ({num_blocks} blocks) on {device}"
-        ) from error

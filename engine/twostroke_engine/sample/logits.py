@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
-import torch
 from twostroke_kernels.backend import Penalties
 
 from twostroke_engine.runner.growing import GrowingInts
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from twostroke_engine.request import SamplingParams
+    from twostroke_engine.runner.upload import Upload
 
 
 class LogitAdjustments:
@@ -107,7 +107,7 @@ def adjustments_for(
     return LogitAdjustments(params, token_ids, num_prompt_tokens, end_ids)
 
 
-def gather_penalties(rows: Sequence[tuple[int, LogitAdjustments, int]], device: torch.device) -> Penalties | None:
+def gather_penalties(rows: Sequence[tuple[int, LogitAdjustments, int]], upload: Upload) -> Penalties | None:
     """The adjustments of a batch, (row, adjustments, generated tokens) each; None if no logit changes."""
     active = [entry for entry in rows if entry[1].active(entry[2])]
     if not active:
@@ -115,10 +115,10 @@ def gather_penalties(rows: Sequence[tuple[int, LogitAdjustments, int]], device: 
     tokens = [adjustments.tokens() for _, adjustments, _ in active]
     row_ids = np.repeat([row for row, _, _ in active], [len(cells) for cells in tokens])
     return Penalties(
-        rows=torch.from_numpy(row_ids).to(device),
-        tokens=torch.from_numpy(np.concatenate(tokens)).to(device),
-        repetition=torch.from_numpy(np.concatenate([entry[1].repetition() for entry in active])).to(device),
-        subtract=torch.from_numpy(np.concatenate([entry[1].subtract(entry[2]) for entry in active])).to(device),
+        rows=upload(row_ids),
+        tokens=upload(np.concatenate(tokens)),
+        repetition=upload(np.concatenate([entry[1].repetition() for entry in active])),
+        subtract=upload(np.concatenate([entry[1].subtract(entry[2]) for entry in active])),
     )
 
 

@@ -30,10 +30,13 @@ from twostroke_engine.transfer.end import ChunkOfHandOff
 class Scheduler:
     """Continuous batching with chunked prefill, prefix reuse and preemption by recomputation."""
 
-    def __init__(self, pool: BlockPool, block_size: int, max_step_tokens: int, max_running: int) -> None:
+    def __init__(
+        self, pool: BlockPool, block_size: int, max_step_tokens: int, max_running: int, lookahead: int = 0
+    ) -> None:
         self._pool = pool
         self._block_size = block_size
         self._max_step_tokens = max_step_tokens
+        self._lookahead = lookahead
         # With a token for each, no running sequence ever waits for the budget.
         self._max_running = min(max_running, max_step_tokens)
         self._headroom = Headroom(pool)
@@ -182,7 +185,9 @@ class Scheduler:
         while sequence.is_running and missing > self._pool.num_available:
             self._preempt(self._victim())
         if sequence.is_running:
-            grown = self._pool.allocate(missing)
+            wanted = sequence.num_blocks(sequence.num_tokens + self._lookahead) - len(sequence.block_ids)
+            missing = max(missing, 0 if wanted > self._pool.num_available else wanted)
+            grown = self._pool.allocate(missing) if missing else ()
             sequence.block_ids.extend(grown)
             draft.add(sequence, grown)
 

@@ -10,9 +10,10 @@ import msgspec
 from safetensors import SafetensorError, safe_open
 
 from twostroke_engine.model.config import ModelError
+from twostroke_engine.weights.loader import Pull, load
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -45,7 +46,9 @@ class StoredTensor:
 
 
 class Checkpoint:
-    """All tensors of a folder, by name."""
+    """All tensors of a folder, by name: the `WeightSource` of trained models."""
+
+    kind = ""
 
     def __init__(self, files: Sequence[Path], tensors: dict[str, StoredTensor]) -> None:
         self.files = tuple(files)
@@ -74,6 +77,10 @@ class Checkpoint:
 
     def __getitem__(self, name: str) -> StoredTensor:
         return self._tensors[name]
+
+    def fill(self, pulls: Sequence[Pull], unneeded: Collection[str]) -> None:
+        """See `WeightSource.fill`."""
+        load(self, pulls, unneeded)
 
     def digest(self) -> bytes:
         """Names, sizes and headers of the files, and a few bytes of every tensor: cheap, and fine-tunes differ."""

@@ -9,12 +9,12 @@ import msgspec
 
 if TYPE_CHECKING:
     from twostroke_engine.model.config import ModelConfig
-    from twostroke_engine.weights.checkpoint import Checkpoint
+    from twostroke_engine.weights.loader import WeightSource
 
 
-def model_fingerprint(config: ModelConfig, dtype: str, checkpoint: Checkpoint) -> str:
-    """32 hex digits over config.json's meaning, the dtype, and the weight files' headers and samples."""
+def model_fingerprint(config: ModelConfig, dtype: str, weights: WeightSource) -> str:
+    """32 hex digits over config.json's meaning, the dtype and the weights, after a word if those were drawn."""
     digest = blake2b(msgspec.msgpack.encode(config), digest_size=16)
     digest.update(dtype.encode() + b"\0")
-    digest.update(checkpoint.digest())
-    return digest.hexdigest()
+    digest.update(weights.digest())
+    return weights.kind + digest.hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from twostroke_engine.model.config import ModelError
 
@@ -35,6 +35,31 @@ class Pull:
 
     target: Tensor
     sources: tuple[Source, ...]
+
+
+class WeightSource(Protocol):
+    """Where parameters get their values from."""
+
+    def fill(self, pulls: Sequence[Pull], unneeded: Collection[str]) -> None:
+        """Fills every parameter.
+
+        Args:
+            pulls: all parameters of the model.
+            unneeded: patterns (`*` matches anything) of names that the source may hold and the model has no use for.
+
+        Raises:
+            ModelError: the source does not fit the model.
+        """
+        ...
+
+    @property
+    def kind(self) -> str:
+        """Begins the model's fingerprint; empty for weights that someone trained."""
+        ...
+
+    def digest(self) -> bytes:
+        """Equal if and only if two sources of a kind give the same values."""
+        ...
 
 
 def load(checkpoint: Checkpoint, pulls: Sequence[Pull], unneeded: Collection[str]) -> None:

@@ -11,6 +11,8 @@ from twostroke_chassis.settings import HostPort, ServiceSettings, split_host_por
 from twostroke_engine.config import EngineConfig
 
 _BLOCK_SIZES = {"cpu": 16, "cuda": 64}
+_STEP_TOKENS = {"cpu": 512, "cuda": 8192}
+_RUNNING = {"cpu": 64, "cuda": 256}
 
 
 class WorkerSettings(ServiceSettings):
@@ -21,14 +23,29 @@ class WorkerSettings(ServiceSettings):
     listen: HostPort = Field("127.0.0.1:0", description="address of the gRPC server; port 0 takes a free one")
     device: Literal["cpu", "cuda"] = Field("cpu", description="where the model runs")
     dtype: Literal["bfloat16", "float32", "float16"] = Field("bfloat16", description="number format of the model")
+    load_format: Literal["safetensors", "random"] = Field(
+        "safetensors", description="random: draw weights from a fixed seed; config.json is all that is read"
+    )
     block_size: int | None = Field(
         None, ge=16, multiple_of=16, description="tokens in a KV block (default: 16 on a CPU, 64 on a GPU)"
     )
     num_blocks: int | None = Field(None, ge=1, description="KV blocks (default: as many as --kv-cache-bytes holds)")
-    kv_cache_bytes: int = Field(1 << 30, ge=1, description="bytes of KV cache, unless --num-blocks is given")
+    kv_cache_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="bytes of KV cache, unless --num-blocks is given (default: 1 GiB on a CPU, --gpu-memory-fraction "
+        "on a GPU)",
+    )
+    gpu_memory_fraction: float = Field(
+        0.9, gt=0, le=1, description="share of the GPU's memory for weights, activations and KV cache together"
+    )
     max_model_len: int | None = Field(None, ge=1, description="most tokens of a request (default: the model's limit)")
-    max_step_tokens: int = Field(512, ge=1, description="token budget of an engine step")
-    max_running: int = Field(64, ge=1, description="most sequences in a batch")
+    max_step_tokens: int | None = Field(
+        None, ge=1, description="token budget of an engine step (default: 512 on a CPU, 8192 on a GPU)"
+    )
+    max_running: int | None = Field(
+        None, ge=1, description="most sequences in a batch (default: 64 on a CPU, 256 on a GPU)"
+    )
     threads: int = Field(1, ge=1, description="CPU threads of the engine")
     transfer_layers: int = Field(1, ge=1, description="layers sent in one segment of a KV transfer")
     transfer_timeout_s: float = Field(
@@ -55,12 +72,14 @@ class WorkerSettings(ServiceSettings):
             model_dir=str(self.model_dir),
             device=self.device,
             dtype=self.dtype,
+            load_format=self.load_format,
             block_size=self.block_size or _BLOCK_SIZES[self.device],
             num_blocks=self.num_blocks,
             kv_cache_bytes=self.kv_cache_bytes,
+            gpu_memory_fraction=self.gpu_memory_fraction,
             max_model_len=self.max_model_len,
-            max_step_tokens=self.max_step_tokens,
-            max_running=self.max_running,
+            max_step_tokens=self.max_step_tokens or _STEP_TOKENS[self.device],
+            max_running=self.max_running or _RUNNING[self.device],
             num_threads=self.threads,
             worker_id=self.id,
             worker_epoch=epoch,
