@@ -25,6 +25,7 @@ from twostroke_kernels.gpu.decode_attention import DecodeConfig, decode_attentio
 from twostroke_kernels.gpu.prefill_attention import PrefillConfig, prefill_attention, prefill_config  # noqa: E402
 from twostroke_kernels.gpu.rotary import rotate_and_write_kv  # noqa: E402
 
+pytestmark = pytest.mark.slow  # interpreted, they take half a minute
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 # The interpreter's tl.dot is wrong in bfloat16.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if HAS_GPU else [])

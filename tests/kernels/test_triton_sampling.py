@@ -19,6 +19,7 @@ from tests.support.triton_device import DEVICE, HAS_GPU, assert_repeatable, gpu
 from twostroke_kernels.gpu.sampling import best_ids  # isort: skip
 from twostroke_kernels.triton_backend import TritonBackend  # isort: skip
 
+pytestmark = pytest.mark.slow  # interpreted, they take half a minute
 BACKEND, PLAIN = TritonBackend(DEVICE), TorchBackend(DEVICE)
 
 
