@@ -76,7 +76,8 @@ async def test_grpc(pool: Pool, router: Router, tokenizer: Tokenizer) -> None:
             assert "".join(each.text for each in messages if each.choice == choice) == ANSWER
         assert messages[-1].usage.prompt_tokens == len(tokenizer.encode("the dog").ids)
         assert [message.HasField("usage") for message in messages] == [False] * (len(messages) - 1) + [True]
-        assert prefill.of_kind("submit")[0].request.deadline_ms <= 10_000
+        # gRPC rounds a deadline up on the wire, by a percent.
+        assert 5_000 < prefill.of_kind("submit")[0].request.deadline_ms <= 10_200
         for bad, field in [
             (inference_pb2.GenerateRequest(prompt="a", sampling=types_pb2.SamplingParams(top_p=1.5)), "top_p"),
             (
