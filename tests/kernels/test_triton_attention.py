@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -14,21 +12,13 @@ from twostroke_kernels.backend import Backend, HeadNorm, PagedBatch, RotaryTable
 
 from tests.support.paged_attention import LAYER, PagedCase, Shape, make_case
 from tests.support.tolerance import assert_as_good_as_torch
+from tests.support.triton_device import DEVICE, DTYPES, HAS_GPU, REPEATS, gpu
 
-pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_GPU = torch.cuda.is_available() and not INTERPRETED
-if not (INTERPRETED or HAS_GPU):
-    pytest.skip("neither a GPU nor TRITON_INTERPRET=1", allow_module_level=True)
-
-from twostroke_kernels.gpu.decode_attention import DecodeConfig, decode_attention, decode_config  # noqa: E402
-from twostroke_kernels.gpu.prefill_attention import PrefillConfig, prefill_attention, prefill_config  # noqa: E402
-from twostroke_kernels.gpu.rotary import rotate_and_write_kv  # noqa: E402
+from twostroke_kernels.gpu.decode_attention import DecodeConfig, decode_attention, decode_config  # isort: skip
+from twostroke_kernels.gpu.prefill_attention import PrefillConfig, prefill_attention, prefill_config  # isort: skip
+from twostroke_kernels.gpu.rotary import rotate_and_write_kv  # isort: skip
 
 pytestmark = pytest.mark.slow  # interpreted, they take half a minute
-DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
-# The interpreter's tl.dot is wrong in bfloat16.
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if HAS_GPU else [])
 HALF_DTYPES = DTYPES[1:]
 SHAPES = [
     Shape(1, 2, 64, 16),
@@ -40,12 +30,6 @@ SHAPES = [
     Shape(2, 1, 64, 48),
 ]
 LLAMA_8B = Shape(4, 8, 128, 64)
-REPEATS = 100
-
-
-def gpu(test: Callable[..., None]) -> Callable[..., None]:
-    """Marks a test of shapes that only a real device can do."""
-    return pytest.mark.gpu(pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA device")(test))
 
 
 def check_decode(case: PagedCase, exact: Tensor, config: DecodeConfig | None = None) -> None:
