@@ -24,6 +24,10 @@ class Measurement:
     peer: str | None = None
     """Who did the same work on the same card in the same run."""
     peer_value: float | None = None
+    engine: str = "twostroke"
+    """Whose figure `value` is."""
+    share_of_limit: float | None = None
+    """Of the device's limit, by ceilings measured in the same run; None: no such limit, or not on a GPU."""
 
 
 def append(measurement: Measurement, path: Path, device: str) -> None:

@@ -52,6 +52,7 @@ def up(  # noqa: PLR0913 - a command's arguments are its flags
     max_model_len: opt.MaxModelLen = None,
     max_step_tokens: opt.MaxStepTokens = None,
     max_running: opt.MaxRunning = None,
+    batch_invariant: opt.BatchInvariant = False,
     transfer_layers: opt.TransferLayers = None,
     transfer_timeout_s: opt.TransferTimeout = None,
     api_keys_file: opt.ApiKeys = None,
@@ -59,17 +60,16 @@ def up(  # noqa: PLR0913 - a command's arguments are its flags
     log_level: opt.LogLevel = "info",
 ) -> None:
     """Run a cluster on this machine: etcd, Redis, a router and workers, until Ctrl-C."""
-    import asyncio
-
     from twostroke_cli.models import resolve_model
     from twostroke_cli.plan import ClusterPlan
     from twostroke_cli.ports import claim
     from twostroke_cli.screen import Screen
-    from twostroke_cli.up import up as run_cluster
+    from twostroke_cli.up import run_cluster
 
     worker: dict[str, Any] = {"device": device, "dtype": dtype, "load_format": load_format, "block_size": block_size}
     worker |= {"num_blocks": num_blocks, "kv_cache_bytes": kv_cache_bytes, "max_step_tokens": max_step_tokens}
     worker |= {"gpu_memory_fraction": gpu_memory_fraction, "max_model_len": max_model_len, "max_running": max_running}
+    worker |= {"batch_invariant": batch_invariant}
     plan = ClusterPlan(
         model=resolve_model(model, typer.echo, needs_weights=load_format != "random"),
         http=claim(http, "--http"),
@@ -87,7 +87,7 @@ def up(  # noqa: PLR0913 - a command's arguments are its flags
         worker_flags=flags(**worker, transfer_layers=transfer_layers, transfer_timeout_s=transfer_timeout_s),
         router_flags=flags(api_keys_file=api_keys_file, max_body_bytes=max_body_bytes),
     )
-    asyncio.run(run_cluster(plan, Screen()))
+    run_cluster(plan, Screen())
 
 
 @app.command()
@@ -183,9 +183,12 @@ def given(**values: Any) -> dict[str, Any]:
 
 
 def flags(**values: Any) -> tuple[str, ...]:
-    """Settings as a service's command line takes them; None is left to the service."""
+    """Settings as a service's command line takes them; None and False are left to the service."""
     return tuple(
-        word for name, value in given(**values).items() for word in (f"--{name.replace('_', '-')}", str(value))
+        word
+        for name, value in given(**values).items()
+        if value is not False
+        for word in (f"--{name.replace('_', '-')}", *(() if value is True else (str(value),)))
     )
 
 

@@ -46,6 +46,12 @@ GpuMemoryFraction = Annotated[
 MaxModelLen = Annotated[int | None, typer.Option(metavar="TOKENS", help="Most tokens of a request.")]
 MaxStepTokens = Annotated[int | None, typer.Option(metavar="TOKENS", help="Token budget of an engine step.")]
 MaxRunning = Annotated[int | None, typer.Option(metavar="N", help="Most sequences in a batch.")]
+BatchInvariant = Annotated[
+    bool,
+    typer.Option(
+        "--batch-invariant", help="A request's tokens do not depend on other requests, nor on how its prompt was cut."
+    ),
+]
 TransferLayers = Annotated[int | None, typer.Option(metavar="N", help="Layers in one segment of a KV transfer.")]
 TransferTimeout = Annotated[
     float | None,

@@ -65,8 +65,12 @@ async def running_cluster(
             await supervisor.kill()
 
 
-async def up(plan: ClusterPlan, screen: Screen) -> None:
-    """Runs a cluster until a signal comes."""
+def run_cluster(plan: ClusterPlan, screen: Screen) -> None:
+    """Runs a cluster until a signal comes, in an event loop of its own."""
+    asyncio.run(_up(plan, screen))
+
+
+async def _up(plan: ClusterPlan, screen: Screen) -> None:
     signals = StopSignals()
     screen.event(f"starting {plan.prefill} prefill and {plan.decode} decode, model {plan.model.name}")
     with contextlib.suppress(Interrupted):

@@ -31,6 +31,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Token budget of a step: decode tokens first, then prompt chunks."""
     max_running: int = 64
     """Most sequences in a batch."""
+    batch_invariant: bool = False
+    """A request's tokens do not depend on what else is in a batch, nor on how its prompt was cut; slower."""
     num_threads: int = 1
     """Torch threads on a CPU."""
     worker_id: str = "engine"

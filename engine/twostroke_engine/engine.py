@@ -1,15 +1,21 @@
 """`Engine`: continuous batching over one model and one pool of KV blocks. Owned by one thread; no locks.
 
-A step is: plan, execute, commit, report. A request comes in by `submit` (all of it is computed here) or by `adopt` (its
+A step is: plan, launch, land, report. A request comes in by `submit` (all of it is computed here) or by `adopt` (its
 prompt's KV came from another worker); with a sink id it leaves after its first token, and its blocks stay referenced
 until the transfer has closed.
+
+Where launching returns before the device is done (`Runner.overlaps`), a step is planned and launched before the one
+before it has landed, so that the device never waits for the host. What was computed for a sequence that turns out to
+have ended lies behind its last token, in blocks that were its own at launch; whoever gets those next writes later.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
 
@@ -32,12 +38,23 @@ from twostroke_engine.updates import Updates
 class Runner(Protocol):
     """Computes plans; the only part that touches tensors."""
 
-    lookahead: int
-    """Tokens beyond the newest that a decoding sequence should have a block for, if there are blocks to spare."""
+    overlaps: bool
+    """`launch` returns before the device is done, so that the next plan is worth making before this one has landed."""
 
-    def execute(self, plan: StepPlan, sink: KVSink) -> StepOutput:
-        """Runs one step."""
+    def launch(self, plan: StepPlan, sink: KVSink) -> Callable[[], StepOutput]:
+        """Starts a step. The call that comes back waits for its end; steps land in the order of their launches."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step that was launched and has not landed."""
+
+    plan: StepPlan
+    landing: Callable[[], StepOutput]
+    launched_s: float
+    is_open: bool
+    """The next step may be planned before this one lands: no logits of that depend on which tokens this one chooses."""
 
 
 class Engine:
@@ -61,8 +78,10 @@ class Engine:
         self._runner = runner
         self._clock = clock
         self._sender: SendingEnd = NoSender()
+        self._flights: deque[_Flight] = deque()
+        self._landed_s = clock()
         self._scheduler = Scheduler(
-            self.pool, spec.block_size, config.max_step_tokens, config.max_running, runner.lookahead
+            self.pool, spec.block_size, config.max_step_tokens, config.max_running, config.batch_invariant
         )
         self._rules = StopRules(eos_token_ids, self.max_model_len)
         self._active: dict[str, ActiveRequest] = {}
@@ -146,22 +165,25 @@ class Engine:
     # ---- a step ------------------------------------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """One stroke: plan, execute, commit, report. False if there was nothing to compute."""
+        """One stroke: plan, launch, land, report. False if there was nothing to do."""
         began_s = self._clock()
         self._end_overdue(began_s)
+        if not all(flight.is_open for flight in self._flights):
+            self._land()
         plan = self._scheduler.plan(self.steps + 1, began_s)
-        if not plan.scheduled:
+        if plan.scheduled:
+            self._launch(plan, began_s)
+        elif not self._flights:
             return False
-        sink = self._sender.step_sink(self._scheduler.chunks_of_hand_off(plan))
-        output = self._runner.execute(plan, sink)
-        self._commit(plan, output)
-        self._measure_step(began_s)
+        num_aloft = 1 if plan.scheduled and self._runner.overlaps else 0
+        while len(self._flights) > num_aloft:
+            self._land()
         return True
 
     @property
     def has_work(self) -> bool:
-        """Whether a sequence runs or waits; a step may still find nothing to compute."""
-        return self._scheduler.num_running + self._scheduler.num_waiting > 0
+        """Whether a sequence runs or waits, or a step has not landed; a step may still find nothing to compute."""
+        return self._scheduler.num_running + self._scheduler.num_waiting + len(self._flights) > 0
 
     def take_updates(self) -> tuple[RequestUpdate, ...]:
         """News of requests since the last call."""
@@ -192,8 +214,21 @@ class Engine:
 
     # ---- after a step ------------------------------------------------------------------------------------------------
 
-    def _commit(self, plan: StepPlan, output: StepOutput) -> None:
-        self._scheduler.commit(plan)
+    def _launch(self, plan: StepPlan, now_s: float) -> None:
+        sink = self._sender.step_sink(self._scheduler.chunks_of_hand_off(plan))
+        landing = self._runner.launch(plan, sink)
+        self._scheduler.launched(plan)
+        self.steps += 1
+        self._flights.append(_Flight(plan, landing, now_s, is_open=not self._penalizes(plan)))
+
+    def _penalizes(self, plan: StepPlan) -> bool:
+        sampled = (self._scheduler.find(entry.sequence_id) for entry in plan.scheduled if entry.choices)
+        return any(sequence is not None and sequence.request.sampling.penalizes for sequence in sampled)
+
+    def _land(self) -> None:
+        flight = self._flights.popleft()
+        output = flight.landing()
+        self._scheduler.landed(flight.plan)
         for sampled in output.sampled:
             # A broken choice ends its whole request, and with it sequences that were sampled in this very step.
             sequence = self._scheduler.find(sampled.sequence_id)
@@ -204,12 +239,14 @@ class Engine:
                 self._extend(active, sequence, sampled.tokens)
             else:
                 self._break(active)
+        self._measure_step(flight)
 
     def _extend(self, active: ActiveRequest, sequence: Sequence, tokens: Items[TokenOut]) -> None:
         """Adds sampled tokens. At the end of a prompt there is one for each choice, and the others begin here."""
         if not sequence.num_generated:
             active.first_token_s = self._clock()
-        branches = [sequence, *(self._new_sequence(active, choice) for choice in sequence.choices[1:])]
+        others = range(1, len(tokens))
+        branches = [sequence, *(self._new_sequence(active, choice) for choice in others)]
         finishes = [self._append(branch, token) for branch, token in zip(branches, tokens, strict=True)]
         if active.sink_id:
             self._hand_over(active, branches, finishes)
@@ -250,10 +287,12 @@ class Engine:
             self._scheduler.retract(sequence)
         self._stop(active, ErrorCode.NUMERIC, "the model gave non-finite logits")
 
-    def _measure_step(self, began_s: float) -> None:
-        took_s = self._clock() - began_s
-        self.step_s = took_s if not self.steps else 0.9 * self.step_s + 0.1 * took_s
-        self.steps += 1
+    def _measure_step(self, flight: _Flight) -> None:
+        """A step that was launched behind another one began when that had landed."""
+        now_s = self._clock()
+        took_s = now_s - max(flight.launched_s, self._landed_s)
+        self._landed_s = now_s
+        self.step_s = took_s if flight.plan.step == 1 else 0.9 * self.step_s + 0.1 * took_s
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
@@ -275,7 +314,8 @@ class Engine:
         return active
 
     def _new_sequence(self, active: ActiveRequest, choice: int = 0) -> Sequence:
-        sequence = Sequence(next(self._sequence_ids), active.request, self._block_size, choice)
+        number = next(self._sequence_ids)
+        sequence = Sequence(number, active.request, self._block_size, choice, self.max_model_len)
         active.sequences.append(sequence)
         return sequence
 

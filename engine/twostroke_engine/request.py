@@ -78,6 +78,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None
     """None: no logprobs; k: the chosen token's and those of the k best."""
 
+    @property
+    def penalizes(self) -> bool:
+        """Whether logits depend on which tokens came before, beyond what the model makes of them."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One request, created once at the router's door."""

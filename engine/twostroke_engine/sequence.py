@@ -9,6 +9,9 @@ next to no memory. A handed-over sequence computes nothing any more, but its blo
 
 There is no phase: a sequence has tokens, `num_computed` of them have their KV in its blocks, and the scheduler makes
 the two meet. Chunked prefill, prefix hits, preemption and resumption are subtraction.
+
+Both numbers count what was launched, not what has ended: on a GPU the next step is planned while a token is still being
+chosen. That token is awaited: it has a place in the sequence, and no id yet.
 """
 
 from __future__ import annotations
@@ -58,7 +61,9 @@ class HashChain:
 class Sequence:
     """Token ids, how many of them are computed, and the blocks that hold their KV. Owned by the engine's thread."""
 
-    def __init__(self, sequence_id: int, request: Request, block_size: int, choice: int = 0) -> None:
+    def __init__(
+        self, sequence_id: int, request: Request, block_size: int, choice: int = 0, max_model_len: int | None = None
+    ) -> None:
         self.sequence_id = sequence_id
         self.request = request
         self.choice = choice
@@ -68,6 +73,12 @@ class Sequence:
         self.state = SequenceState.WAITING
         self.token_ids = list(request.token_ids)
         self._num_prompt_tokens = len(request.token_ids)
+        self.most_tokens = request.num_prompt_tokens + request.sampling.max_tokens
+        """With so many tokens it ends."""
+        if max_model_len is not None:
+            self.most_tokens = min(self.most_tokens, max_model_len)
+        self.num_awaited = 0
+        """Tokens at the end that steps choose which were launched and have not landed."""
         self.num_computed = 0
         self.block_ids: list[int] = []
         self.hashes = HashChain(root_hash(request.cache_salt, request.adapter), block_size)
@@ -86,23 +97,44 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and generated tokens."""
-        return len(self.token_ids)
+        """Prompt and generated tokens, an awaited one among them."""
+        return len(self.token_ids) + self.num_awaited
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens that the request came with."""
+        return self._num_prompt_tokens
 
     @property
     def num_generated(self) -> int:
-        """Tokens sampled so far."""
+        """Tokens sampled so far, whose ids are known."""
         return len(self.token_ids) - self._num_prompt_tokens
+
+    @property
+    def num_known_computed(self) -> int:
+        """Leading tokens that are computed and whose ids are known."""
+        return min(self.num_computed, len(self.token_ids))
 
     @property
     def num_remaining(self) -> int:
         """Tokens whose KV is to be computed before the next one can be sampled."""
-        return len(self.token_ids) - self.num_computed
+        return len(self.token_ids) + self.num_awaited - self.num_computed
 
     @property
     def choices(self) -> tuple[int, ...]:
         """Choices to sample once the last token is computed: all of the request's at the end of the prompt."""
-        return (self.choice,) if self.num_generated else tuple(range(self.request.n))
+        return (self.choice,) if self.num_generated + self.num_awaited else tuple(range(self.request.n))
+
+    @property
+    def holds_for_token(self) -> bool:
+        """Whether nothing more can be computed before an awaited token has landed.
+
+        It is the last by length, or it is handed over, or other choices begin from it.
+        """
+        if not self.num_awaited:
+            return False
+        is_last = self.num_tokens >= self.most_tokens
+        return is_last or self.sink_id > 0 or (self.request.n > 1 and not self.num_generated)
 
     @property
     def is_interrupted(self) -> bool:
@@ -157,13 +189,15 @@ class Sequence:
         self.num_published = min(parent.num_published, full)
         self.copy_source = parent.block_ids[full] if own_block else None
 
-    def advance(self, count: int) -> None:
-        """`count` more tokens have their KV."""
+    def launch(self, count: int, samples: bool) -> None:
+        """A step is under way that computes `count` more tokens and, if it `samples`, chooses the next one."""
         self.num_computed += count
         assert self.num_computed <= self.num_tokens, "more is computed than there is"
+        self.num_awaited += samples
 
     def append(self, token_id: int) -> None:
-        """One more token, sampled after everything before it was computed."""
+        """The id of the next token: the first of those awaited, if there are any."""
+        self.num_awaited = max(0, self.num_awaited - 1)
         self.token_ids.append(token_id)
 
     def preempt(self) -> None:

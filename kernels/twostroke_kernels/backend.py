@@ -46,12 +46,30 @@ class RotaryTable:
 
 
 @dataclass(frozen=True, slots=True)
+class RowNorm:
+    """RMS norm of rows of hidden states, before a linear layer."""
+
+    weight: Tensor
+    """[E]."""
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
 class HeadNorm:
     """RMS norm of each query and key head before rotation (Qwen3); weights [D]."""
 
     q_weight: Tensor
     k_weight: Tensor
     eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """What a layer does to each query and key head before it attends."""
+
+    table: RotaryTable
+    norm: HeadNorm | None
+    """First."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +127,9 @@ class SampledRows:
 
 
 class Backend(Protocol):
-    """The operations of one kind of device. Outputs are new tensors unless a line says in place.
+    """The operations of one kind of device. Outputs are new tensors unless a line says in place, or `out` is given.
+
+    `out` has the shape and dtype of the output, and may be a slice of the rows of a larger tensor; it is also returned.
 
     A backend that does not capture graphs may remember what it derived from a step's index tensors (positions, slots, a
     `PagedBatch`): for it they are new objects in every step and never changed in place.
@@ -120,27 +140,44 @@ class Backend(Protocol):
     """A decode step may be captured in a CUDA graph: everything but attention to prompt chunks and sampling neither
     synchronises, nor remembers index tensors, and reads lengths on the device (`max_context_len` is then an upper
     bound)."""
+    reads_unwritten: bool
+    """Attention multiplies rows of a context's last block that no token was written to by zero, so they must hold
+    finite numbers; otherwise it never reads them, or masks what they hold."""
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, in], weight [out, in], bias [out] -> [T, out]."""
+        ...
+
+    def norm_linear(self, x: Tensor, norm: RowNorm, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """linear(rms_norm(x)): x [T, E], weight [out, E] -> [T, out]. Whether the norm is rounded to the model's dtype
+        on the way is the backend's choice, here and below."""
+        ...
+
+    def norm_gated_linear(self, x: Tensor, norm: RowNorm, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """silu(gate) * up of linear(rms_norm(x)): x [T, E], weight [2 I, E] (gate rows, then up rows) -> [T, I]."""
+        ...
+
+    def add_linear(self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        """In place: residual [T, out] += linear(x); x [T, in], weight [out, in]."""
+        ...
+
+    def norm_logits(self, x: Tensor, norm: RowNorm, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """float32 [R, V], linear(rms_norm(x)) of x [R, E] and weight [V, E]; not rounded to half precision on the way
+        where that costs nothing."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """[T, E] -> [T, E]; the mean square is taken in float32 (or wider)."""
         ...
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """(rms_norm(x + residual), x + residual); the sum is rounded to the model's dtype first."""
-        ...
-
     def rotate_and_write_kv(
         self,
         qkv: Tensor,
         positions: Tensor,
-        rotary: RotaryTable,
-        head_norm: HeadNorm | None,
+        rotation: Rotation,
         kv_layer: Tensor,
         slots: Tensor,
+        out: Tensor | None = None,
     ) -> Tensor:
         """qkv [T, (H + 2 G) D] -> rotated q [T, H, D]; rotated k and plain v go into `kv_layer` at `slots` [T].
 
@@ -153,11 +190,15 @@ class Backend(Protocol):
         """[T, 2 I] (gate, then up) -> silu(gate) * up, [T, I]."""
         ...
 
-    def prefill_attention(self, q: Tensor, kv_layer: Tensor, batch: PagedBatch, scale: float) -> Tensor:
+    def prefill_attention(
+        self, q: Tensor, kv_layer: Tensor, batch: PagedBatch, scale: float, out: Tensor | None = None
+    ) -> Tensor:
         """Causal attention of prompt chunks over the cache: q [T, H, D] -> [T, H, D]."""
         ...
 
-    def decode_attention(self, q: Tensor, kv_layer: Tensor, batch: PagedBatch, scale: float) -> Tensor:
+    def decode_attention(
+        self, q: Tensor, kv_layer: Tensor, batch: PagedBatch, scale: float, out: Tensor | None = None
+    ) -> Tensor:
         """Attention of one query per sequence over the cache: q [S, H, D] -> [S, H, D]."""
         ...
 

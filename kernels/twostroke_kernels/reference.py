@@ -1,6 +1,7 @@
 """`ReferenceBackend`: the operations in float64, written plainly and slowly. The definition of correct.
 
-Floating results are float64 whatever came in; what is written into a pool takes the pool's dtype. Everything that is
+Floating results are float64 whatever came in; what is written into a tensor that is there already (a pool, a residual,
+`out`) takes its dtype. Everything that is
 exact by definition (noise words, digests) is Python integers, sharing no code with the other backends.
 """
 
@@ -11,7 +12,15 @@ import math
 import torch
 from torch import Tensor
 
-from twostroke_kernels.backend import HeadNorm, PagedBatch, Penalties, RotaryTable, SampledRows, SamplingRows
+from twostroke_kernels.backend import (
+    PagedBatch,
+    Penalties,
+    RotaryTable,
+    Rotation,
+    RowNorm,
+    SampledRows,
+    SamplingRows,
+)
 
 _MASK32 = (1 << 32) - 1
 _MASK64 = (1 << 64) - 1
@@ -21,6 +30,7 @@ class ReferenceBackend:
     """`Backend` in float64, one sequence, row or block at a time."""
 
     captures_graphs = False
+    reads_unwritten = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -30,24 +40,36 @@ class ReferenceBackend:
         product = x.double() @ weight.double().T
         return product if bias is None else product + bias.double()
 
+    def norm_linear(self, x: Tensor, norm: RowNorm, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `Backend.norm_linear`."""
+        return self.linear(self.rms_norm(x, norm.weight, norm.eps), weight, bias)
+
+    def norm_gated_linear(self, x: Tensor, norm: RowNorm, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `Backend.norm_gated_linear`."""
+        return self.silu_mul(self.norm_linear(x, norm, weight, bias))
+
+    def add_linear(self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        """See `Backend.add_linear`."""
+        residual.copy_(residual.double() + self.linear(x, weight, bias))
+
+    def norm_logits(self, x: Tensor, norm: RowNorm, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """See `Backend.norm_logits`."""
+        logits = self.norm_linear(x, norm, weight)
+        return logits if out is None else out.copy_(logits)
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `Backend.rms_norm`."""
         wide = x.double()
         return wide / torch.sqrt((wide**2).mean(-1, keepdim=True) + eps) * weight.double()
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """See `Backend.add_rms_norm`."""
-        total = x + residual
-        return self.rms_norm(total, weight, eps), total.double()
-
     def rotate_and_write_kv(
         self,
         qkv: Tensor,
         positions: Tensor,
-        rotary: RotaryTable,
-        head_norm: HeadNorm | None,
+        rotation: Rotation,
         kv_layer: Tensor,
         slots: Tensor,
+        out: Tensor | None = None,
     ) -> Tensor:
         """See `Backend.rotate_and_write_kv`."""
         _, _, block_size, num_kv_heads, head_size = kv_layer.shape
@@ -55,24 +77,25 @@ class ReferenceBackend:
         num_heads = heads.shape[1] - 2 * num_kv_heads
         values_from = num_heads + num_kv_heads
         q, k, v = heads[:, :num_heads], heads[:, num_heads:values_from], heads[:, values_from:]
-        if head_norm is not None:
-            q = self.rms_norm(q, head_norm.q_weight, head_norm.eps)
-            k = self.rms_norm(k, head_norm.k_weight, head_norm.eps)
-        q, k = _rotate(q, positions, rotary), _rotate(k, positions, rotary)
+        if (norm := rotation.norm) is not None:
+            q, k = self.rms_norm(q, norm.q_weight, norm.eps), self.rms_norm(k, norm.k_weight, norm.eps)
+        q, k = _rotate(q, positions, rotation.table), _rotate(k, positions, rotation.table)
         for token, slot in enumerate(slots.tolist()):
             block, offset = divmod(slot, block_size)
             kv_layer[block, 0, offset] = k[token].to(kv_layer.dtype)
             kv_layer[block, 1, offset] = v[token].to(kv_layer.dtype)
-        return q
+        return q if out is None else out.copy_(q)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """See `Backend.silu_mul`."""
         gate, up = gate_up.double().chunk(2, -1)
         return gate / (1 + torch.exp(-gate)) * up
 
-    def prefill_attention(self, q: Tensor, kv_layer: Tensor, batch: PagedBatch, scale: float) -> Tensor:
+    def prefill_attention(
+        self, q: Tensor, kv_layer: Tensor, batch: PagedBatch, scale: float, out: Tensor | None = None
+    ) -> Tensor:
         """See `Backend.prefill_attention`."""
-        out = torch.empty(q.shape, dtype=torch.float64, device=q.device)
+        out = torch.empty(q.shape, dtype=torch.float64, device=q.device) if out is None else out
         starts = batch.query_starts.tolist()
         for sequence, context_len in enumerate(batch.context_lens.tolist()):
             keys, values = _context(kv_layer, batch.block_tables[sequence], context_len)
@@ -82,9 +105,11 @@ class ReferenceBackend:
                 out[row] = _attend(q[row], keys[:visible], values[:visible], scale)
         return out
 
-    def decode_attention(self, q: Tensor, kv_layer: Tensor, batch: PagedBatch, scale: float) -> Tensor:
+    def decode_attention(
+        self, q: Tensor, kv_layer: Tensor, batch: PagedBatch, scale: float, out: Tensor | None = None
+    ) -> Tensor:
         """See `Backend.decode_attention`."""
-        return self.prefill_attention(q, kv_layer, batch, scale)
+        return self.prefill_attention(q, kv_layer, batch, scale, out)
 
     def penalize(self, logits: Tensor, penalties: Penalties) -> None:
         """See `Backend.penalize`."""

@@ -52,14 +52,17 @@ class DecodeAttention:
     def __init__(self) -> None:
         self._memo: StepMemo[list[_DecodeGroup]] = StepMemo()
 
-    def __call__(self, q: Tensor, kv_layer: Tensor, batch: PagedBatch, scale: float) -> Tensor:
+    def __call__(
+        self, q: Tensor, kv_layer: Tensor, batch: PagedBatch, scale: float, out: Tensor | None = None
+    ) -> Tensor:
         """See `Backend.decode_attention`."""
         rows = LayerRows.of(kv_layer)
         groups = self._memo.get((batch,), rows, lambda: _decode_groups(batch, rows, kv_layer))
         layer = rows.view(kv_layer)
         if len(groups) == 1:
-            return _decode_group(q, layer, groups[0], rows, scale)
-        out = torch.empty_like(q)
+            result = _decode_group(q, layer, groups[0], rows, scale)
+            return result if out is None else out.copy_(result)
+        out = torch.empty_like(q) if out is None else out
         for group in groups:
             out[group.sequences] = _decode_group(q[group.sequences], layer, group, rows, scale)
         return out
@@ -113,11 +116,13 @@ class PrefillAttention:
         self._memo: StepMemo[list[_Chunk]] = StepMemo()
         self._above_diagonal = torch.ones(_QUERIES_AT_ONCE, _QUERIES_AT_ONCE, dtype=torch.bool, device=device).triu_(1)
 
-    def __call__(self, q: Tensor, kv_layer: Tensor, batch: PagedBatch, scale: float) -> Tensor:
+    def __call__(
+        self, q: Tensor, kv_layer: Tensor, batch: PagedBatch, scale: float, out: Tensor | None = None
+    ) -> Tensor:
         """See `Backend.prefill_attention`."""
         rows = LayerRows.of(kv_layer)
         layer = rows.view(kv_layer)
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
         for chunk in self._memo.get((batch,), rows, lambda: _chunks(batch, rows)):
             gathered = layer.index_select(0, chunk.rows)
             keys, values = gathered.view(2, rows.num_kv_heads, chunk.context_len, rows.head_size)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twostroke_kernels.backend import HeadNorm, PagedBatch, Penalties, RotaryTable, SampledRows, SamplingRows
+from twostroke_kernels.backend import PagedBatch, Penalties, Rotation, RowNorm, SampledRows, SamplingRows
 from twostroke_kernels.digest import SegmentDigest
 from twostroke_kernels.kv_rows import LayerRows, StepMemo
 from twostroke_kernels.torch_attention import DecodeAttention, PrefillAttention
@@ -25,6 +25,7 @@ class TorchBackend:
     """`Backend` in PyTorch. Not thread-safe: it remembers what it derived from the current step's index tensors."""
 
     captures_graphs = False
+    reads_unwritten = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -37,28 +38,40 @@ class TorchBackend:
         """See `Backend.linear`."""
         return F.linear(x, weight, bias)
 
+    def norm_linear(self, x: Tensor, norm: RowNorm, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `Backend.norm_linear`."""
+        return self.linear(self.rms_norm(x, norm.weight, norm.eps), weight, bias)
+
+    def norm_gated_linear(self, x: Tensor, norm: RowNorm, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `Backend.norm_gated_linear`."""
+        return self.silu_mul(self.norm_linear(x, norm, weight, bias))
+
+    def add_linear(self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        """See `Backend.add_linear`."""
+        residual.add_(self.linear(x, weight, bias))
+
+    def norm_logits(self, x: Tensor, norm: RowNorm, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """See `Backend.norm_logits`."""
+        logits = self.norm_linear(x, norm, weight)
+        return logits.float() if out is None else out.copy_(logits)
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `Backend.rms_norm`."""
         return _rms_norm(x, weight, eps)
-
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """See `Backend.add_rms_norm`."""
-        total = x + residual
-        return _rms_norm(total, weight, eps), total
 
     def rotate_and_write_kv(
         self,
         qkv: Tensor,
         positions: Tensor,
-        rotary: RotaryTable,
-        head_norm: HeadNorm | None,
+        rotation: Rotation,
         kv_layer: Tensor,
         slots: Tensor,
+        out: Tensor | None = None,
     ) -> Tensor:
         """See `Backend.rotate_and_write_kv`."""
-        rows = LayerRows.of(kv_layer)
-        sources = (positions, slots, rotary.cos)
-        step = self._rotary.get(sources, rows, lambda: rotary_step(positions, rotary, rows, slots))
+        rows, head_norm = LayerRows.of(kv_layer), rotation.norm
+        sources = (positions, slots, rotation.table.cos)
+        step = self._rotary.get(sources, rows, lambda: rotary_step(positions, rotation.table, rows, slots))
         heads = qkv.view(qkv.shape[0], qkv.shape[1] // rows.head_size, rows.head_size)
         num_heads = heads.shape[1] - 2 * rows.num_kv_heads
         turned, values = heads[:, : -rows.num_kv_heads], heads[:, -rows.num_kv_heads :]
@@ -69,20 +82,25 @@ class TorchBackend:
         layer = rows.view(kv_layer)
         layer.index_copy_(0, step.key_rows, turned[:, num_heads:].reshape(-1, rows.head_size))
         layer.index_copy_(0, step.value_rows, values.reshape(-1, rows.head_size))
-        return turned[:, :num_heads]
+        q = turned[:, :num_heads]
+        return q if out is None else out.copy_(q)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """See `Backend.silu_mul`."""
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate) * up
 
-    def prefill_attention(self, q: Tensor, kv_layer: Tensor, batch: PagedBatch, scale: float) -> Tensor:
+    def prefill_attention(
+        self, q: Tensor, kv_layer: Tensor, batch: PagedBatch, scale: float, out: Tensor | None = None
+    ) -> Tensor:
         """See `Backend.prefill_attention`."""
-        return self._prefill(q, kv_layer, batch, scale)
+        return self._prefill(q, kv_layer, batch, scale, out)
 
-    def decode_attention(self, q: Tensor, kv_layer: Tensor, batch: PagedBatch, scale: float) -> Tensor:
+    def decode_attention(
+        self, q: Tensor, kv_layer: Tensor, batch: PagedBatch, scale: float, out: Tensor | None = None
+    ) -> Tensor:
         """See `Backend.decode_attention`."""
-        return self._decode(q, kv_layer, batch, scale)
+        return self._decode(q, kv_layer, batch, scale, out)
 
     def penalize(self, logits: Tensor, penalties: Penalties) -> None:
         """See `Backend.penalize`."""

@@ -8,12 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twostroke_kernels.backend import HeadNorm, PagedBatch, Penalties, RotaryTable, SampledRows, SamplingRows
-from twostroke_kernels.gpu import activation, block_copy, gemv, kv_pack, rms_norm, sampling
+from twostroke_kernels.backend import PagedBatch, Penalties, Rotation, RowNorm, SampledRows, SamplingRows
+from twostroke_kernels.gpu import activation, block_copy, kv_pack, rms_norm, sampling
 from twostroke_kernels.gpu.decode_attention import decode_attention
+from twostroke_kernels.gpu.fusion import Fusion
+from twostroke_kernels.gpu.gated_gemm import gated_config, gated_linear, suits_gated_gemm
 from twostroke_kernels.gpu.penalties import penalize
 from twostroke_kernels.gpu.prefill_attention import prefill_attention
 from twostroke_kernels.gpu.rotary import rotate_and_write_kv
+from twostroke_kernels.gpu.small_linear import ConfigChoice, config_for, small_linear
 
 
 class TritonBackend:
@@ -23,48 +26,87 @@ class TritonBackend:
     """
 
     captures_graphs = True
+    reads_unwritten = False
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, choose: ConfigChoice = config_for) -> None:
         self.device = device
+        self._choose = choose
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `Backend.linear`."""
-        config = gemv.linear_config(x.shape[0], weight.shape[0], weight.shape[1], x.dtype)
+        config = self._choose(x, weight)
         if config is None:
             return F.linear(x, weight, bias)
-        return gemv.small_linear(x, weight, bias, config)
+        return small_linear(x, weight, bias, config)
+
+    def norm_linear(self, x: Tensor, norm: RowNorm, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `Backend.norm_linear`."""
+        config = self._choose(x, weight)
+        if config is None:
+            return F.linear(self.rms_norm(x, norm.weight, norm.eps), weight, bias)
+        return small_linear(x, weight, bias, config, Fusion(norm=norm))
+
+    def norm_gated_linear(self, x: Tensor, norm: RowNorm, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `Backend.norm_gated_linear`."""
+        config = self._choose(x, weight, gated=True)
+        if config is not None:
+            return small_linear(x, weight, bias, config, Fusion(norm=norm, gated=True))
+        normed = self.rms_norm(x, norm.weight, norm.eps)
+        tile = gated_config(x.shape[0])
+        if tile is not None and suits_gated_gemm(normed, weight, bias):
+            return gated_linear(normed, weight, tile)
+        return self.silu_mul(self.linear(normed, weight, bias))
+
+    def add_linear(self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        """See `Backend.add_linear`."""
+        config = self._choose(x, weight)
+        if config is not None:
+            small_linear(x, weight, bias, config, Fusion(adds=True), residual)
+        elif bias is None:
+            residual.addmm_(x, weight.t())
+        else:
+            residual.add_(F.linear(x, weight, bias))
+
+    def norm_logits(self, x: Tensor, norm: RowNorm, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """See `Backend.norm_logits`."""
+        if out is None:
+            out = torch.empty((x.shape[0], weight.shape[0]), dtype=torch.float32, device=x.device)
+        config = self._choose(x, weight)
+        if config is None:
+            return _wide_product(self.rms_norm(x, norm.weight, norm.eps), weight, out)
+        return small_linear(x, weight, None, config, Fusion(norm=norm), out)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `Backend.rms_norm`."""
         return rms_norm.rms_norm(x, weight, eps)
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """See `Backend.add_rms_norm`."""
-        return rms_norm.add_rms_norm(x, residual, weight, eps)
-
     def rotate_and_write_kv(
         self,
         qkv: Tensor,
         positions: Tensor,
-        rotary: RotaryTable,
-        head_norm: HeadNorm | None,
+        rotation: Rotation,
         kv_layer: Tensor,
         slots: Tensor,
+        out: Tensor | None = None,
     ) -> Tensor:
         """See `Backend.rotate_and_write_kv`."""
-        return rotate_and_write_kv(qkv, positions, rotary, head_norm, kv_layer, slots)
+        return rotate_and_write_kv(qkv, positions, rotation, kv_layer, slots, out)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """See `Backend.silu_mul`."""
         return activation.silu_mul(gate_up)
 
-    def prefill_attention(self, q: Tensor, kv_layer: Tensor, batch: PagedBatch, scale: float) -> Tensor:
+    def prefill_attention(
+        self, q: Tensor, kv_layer: Tensor, batch: PagedBatch, scale: float, out: Tensor | None = None
+    ) -> Tensor:
         """See `Backend.prefill_attention`."""
-        return prefill_attention(q, kv_layer, batch, scale)
+        return prefill_attention(q, kv_layer, batch, scale, out=out)
 
-    def decode_attention(self, q: Tensor, kv_layer: Tensor, batch: PagedBatch, scale: float) -> Tensor:
+    def decode_attention(
+        self, q: Tensor, kv_layer: Tensor, batch: PagedBatch, scale: float, out: Tensor | None = None
+    ) -> Tensor:
         """See `Backend.decode_attention`."""
-        return decode_attention(q, kv_layer, batch, scale)
+        return decode_attention(q, kv_layer, batch, scale, out=out)
 
     def penalize(self, logits: Tensor, penalties: Penalties) -> None:
         """See `Backend.penalize`."""
@@ -96,3 +138,12 @@ class TritonBackend:
     def _on_device(self) -> AbstractContextManager[object]:
         """Triton launches on the thread's current device, and a transfer thread has never chosen one."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+
+def _wide_product(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """x [R, in] times weight [V, in], float32 [R, V] straight from the accumulators where cuBLAS can do that."""
+    if x.dtype == torch.float32:
+        return torch.mm(x, weight.t(), out=out)
+    if x.device.type == "cuda":
+        return torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
+    return out.copy_(F.linear(x, weight))

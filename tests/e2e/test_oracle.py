@@ -11,62 +11,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from twostroke_proto.v1 import types_pb2
 
 from tests.support.cluster import assert_blocks_come_home, running_cluster
-from tests.support.inference import Answer, connect, generate, generate_all
+from tests.support.inference import connect, generate, generate_all
+from tests.support.real_model import Reference, prompts_of
 
 NEW_TOKENS = 64
 CHUNK = 96
-LENGTHS = (
-    1,
-    2,
-    5,
-    15,
-    16,
-    17,
-    31,
-    32,
-    33,
-    47,
-    48,
-    49,
-    63,
-    64,
-    65,
-    80,
-    95,
-    96,
-    97,
-    111,
-    112,
-    113,
-    128,
-    160,
-    191,
-    192,
-    193,
-)
 MARGIN = 1e-3
-TEXT = """The lighthouse keeper climbed the narrow stairs every evening before the sun went down. He carried a lamp, a
-book and a piece of bread, and he counted the steps although he knew their number. From the gallery he could see the
-harbour, the fishing boats coming home, and far away the mountains of the mainland. In winter the storms threw the waves
-against the rocks so hard that the glass trembled. People in the village said that his grandfather had built the tower
-with his own hands. Nobody could say whether that was true. One morning a letter arrived from the capital. It explained
-that the light would be run by a machine from now on, and that the keeper was free to go wherever he liked. He read it
-twice, put it into the book, and went up the stairs as he had always done. """
-
-
-def prompts_of(model: Path) -> list[list[int]]:
-    """Prompts across block (16), chunk (96) and prefix-hit boundaries: distinct ones first, then shared beginnings."""
-    text = AutoTokenizer.from_pretrained(model)(TEXT * 2)["input_ids"]
-    distinct = [text[start : start + length] for start, length in enumerate(LENGTHS)]
-    shared = [
-        text[26 : 26 + hit] + text[:tail] for hit, tail in ((16, 1), (48, 7), (96, 16), (112, 40), (193, 1), (192, 0))
-    ]
-    return distinct + shared
 
 
 def greedy() -> types_pb2.SamplingParams:
@@ -108,20 +61,6 @@ def runs(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return done
 
 
-class Reference:
-    """transformers, reading prompt and answer in one pass."""
-
-    def __init__(self, model: Path) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-
-    def best_two(self, prompt: Sequence[int], answer: Answer) -> tuple[list[list[int]], list[float]]:
-        """The two best tokens at each position of the answer, and how far apart their logits are."""
-        with torch.inference_mode():
-            logits = self.model(torch.tensor([[*prompt, *answer.token_ids[:-1]]])).logits[0, len(prompt) - 1 :]
-        best = logits.topk(2, dim=-1)
-        return best.indices.tolist(), (best.values[:, 0] - best.values[:, 1]).tolist()
-
-
 @pytest.fixture(scope="module")
 def reference(demo_model: Path) -> Reference:
     return Reference(demo_model)
@@ -143,7 +82,7 @@ def test_greedy_equals_transformers(
     excused = 0
     for prompt, answer in zip(prompts, runs[name].greedy, strict=True):
         assert len(answer.token_ids) == NEW_TOKENS
-        best, margins = reference.best_two(prompt, answer)
+        best, margins = reference.best_two(prompt, answer.token_ids)
         for position, token in enumerate(answer.token_ids):
             if token != best[position][0]:
                 assert token == best[position][1], (len(prompt), position)
@@ -163,7 +102,9 @@ def test_cluster_equals_colocated(demo_model: Path, runs: dict[str, Runs], refer
     ):
         if one.token_ids != other.token_ids:
             parting = next(i for i, (a, b) in enumerate(zip(one.token_ids, other.token_ids, strict=True)) if a != b)
-            assert reference.best_two(prompt, one)[1][parting] < MARGIN, f"prompt of {len(prompt)}, token {parting}"
+            assert reference.best_two(prompt, one.token_ids)[1][parting] < MARGIN, (
+                f"prompt of {len(prompt)}, token {parting}"
+            )
 
 
 @pytest.mark.e2e

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from twostroke_kernels.choice import choose_backend, runs_triton
+from twostroke_kernels.invariant_torch import InvariantTorchBackend
 from twostroke_kernels.torch_backend import TorchBackend
 
 CUDA = torch.device("cuda")
@@ -16,8 +17,10 @@ CUDA = torch.device("cuda")
 
 def test_a_cpu_takes_the_plain_path_and_imports_no_triton() -> None:
     assert type(choose_backend(torch.device("cpu"))) is TorchBackend
+    assert type(choose_backend(torch.device("cpu"), batch_invariant=True)) is InvariantTorchBackend
     code = "import sys, torch; from twostroke_kernels.choice import choose_backend as choose\n"
-    code += "choose(torch.device('cpu')); assert not [name for name in sys.modules if 'twostroke_kernels.gpu' in name]"
+    code += "choose(torch.device('cpu')); choose(torch.device('cpu'), True)\n"
+    code += "assert not [name for name in sys.modules if 'twostroke_kernels.gpu' in name]"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
 
 
@@ -52,3 +55,4 @@ def test_without_triton_nothing_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> 
 def test_this_card() -> None:
     expected = "TritonBackend" if torch.cuda.get_device_capability() >= (8, 0) else "TorchBackend"
     assert type(choose_backend(CUDA)).__name__ == expected
+    assert type(choose_backend(CUDA, batch_invariant=True)).__name__ == f"Invariant{expected}"

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor
-from twostroke_kernels.backend import Backend, HeadNorm, RotaryTable
+from twostroke_kernels.backend import Backend, HeadNorm, RotaryTable, Rotation
 
 from tests.support.tolerance import assert_as_good_as_torch
 
@@ -66,8 +66,13 @@ def make_case(rng: torch.Generator, dtype: torch.dtype, tokens: int, ratio: int,
 
 def check(backend: Backend, reference: Backend, case: Case, rotary: RotaryTable, norm: HeadNorm | None) -> None:
     pool, pool64 = case.pool.clone(), case.pool.double()
-    q = backend.rotate_and_write_kv(case.qkv, case.positions, rotary, norm, pool[:, 1], case.slots)
-    q64 = reference.rotate_and_write_kv(case.qkv, case.positions, rotary, norm, pool64[:, 1], case.slots)
+    q = backend.rotate_and_write_kv(case.qkv, case.positions, Rotation(rotary, norm), pool[:, 1], case.slots)
+    q64 = reference.rotate_and_write_kv(case.qkv, case.positions, Rotation(rotary, norm), pool64[:, 1], case.slots)
+    out = torch.empty(q.shape[0] + 2, *q.shape[1:], dtype=q.dtype)
+    backend.rotate_and_write_kv(
+        case.qkv, case.positions, Rotation(rotary, norm), case.pool.clone()[:, 1], case.slots, out[1:-1]
+    )
+    assert torch.equal(out[1:-1], q)
     plain_q, plain_k, v = case.heads()
     if norm is not None:
         plain_q = torch.nn.functional.rms_norm(plain_q, (case.head_size,), norm.q_weight, norm.eps)

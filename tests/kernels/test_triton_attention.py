@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
-from twostroke_kernels.backend import Backend, HeadNorm, PagedBatch, RotaryTable
+from twostroke_kernels.backend import Backend, HeadNorm, PagedBatch, RotaryTable, Rotation
 
 from tests.support.paged_attention import LAYER, PagedCase, Shape, make_case
 from tests.support.tolerance import assert_as_good_as_torch
@@ -167,7 +167,7 @@ def run_rotation(
     angles: tuple[RotaryTable, HeadNorm | None],
 ) -> Written:
     positions, slots = indices
-    q = rotate(qkv, positions, *angles, pool[:, LAYER], slots)  # type: ignore[operator]
+    q = rotate(qkv, positions, Rotation(*angles), pool[:, LAYER], slots)  # type: ignore[operator]
     block, token = slots // pool.shape[3], slots % pool.shape[3]
     return Written(q, pool[block, LAYER, 0, token], pool[block, LAYER, 1, token], pool)
 
@@ -280,7 +280,7 @@ def test_blocks_beyond_two_to_the_31_elements(rng: torch.Generator) -> None:
         assert torch.equal(run(case.q, pool[:, -1], batch, case.scale), near)
     qkv = torch.randn(2, 48 * 128, generator=rng).to(DEVICE, torch.bfloat16)
     slots = torch.tensor([num_blocks * 64 - 1, num_blocks * 64 - 64], device=DEVICE)
-    rotate_and_write_kv(qkv, slots % 64, rotary_table(128), None, pool[:, -1], slots)
+    rotate_and_write_kv(qkv, slots % 64, Rotation(rotary_table(128), None), pool[:, -1], slots)
     assert torch.equal(pool[-1, -1, 1, [63, 0]].flatten(1), qkv[:, -1024:])
 
 
@@ -306,6 +306,21 @@ def test_prefill_repeats_bit_for_bit(rng: torch.Generator, query_lens: list[int]
     first = prefill_attention(case.q, case.layer, case.batch, case.scale, config)
     for _ in range(REPEATS):
         assert torch.equal(prefill_attention(case.q, case.layer, case.batch, case.scale, config), first)
+
+
+@gpu
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_a_heads_norm_is_summed_alike_for_few_tokens_and_many(rng: torch.Generator, size: int) -> None:
+    """Few tokens take one warp a program, many take four."""
+    pool = torch.zeros(10, 3, 2, 64, 2, size, dtype=torch.bfloat16, device=DEVICE)
+    qkv = torch.randn(300, 12 * size, generator=rng).to(DEVICE, torch.bfloat16)
+    weights = (torch.rand(2, size, generator=rng) + 0.5).to(DEVICE, torch.bfloat16)
+    rotation = Rotation(rotary_table(size), HeadNorm(weights[0], weights[1], 1e-6))
+    positions, slots = torch.arange(300, device=DEVICE) % 64, torch.arange(300, device=DEVICE)
+    whole = rotate_and_write_kv(qkv, positions, rotation, pool[:, LAYER], slots)
+    for rows in (slice(0, 1), slice(3, 200)):
+        part = rotate_and_write_kv(qkv[rows], positions[rows], rotation, pool[:, LAYER], slots[rows])
+        assert torch.equal(part, whole[rows])
 
 
 @gpu

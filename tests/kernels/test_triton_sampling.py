@@ -144,6 +144,26 @@ def test_logprobs_only_where_asked_for(rng: torch.Generator, asked: int, shape: 
 def test_best_ids_of_both_zeros() -> None:
     logits = torch.tensor([[-0.0, 0.0, -1.0, -2.0, 1.0]], device=DEVICE)
     assert best_ids(logits, 5).tolist() == [[4, 0, 1, 2, 3]]
+    assert draw(logits, num_logprobs=5, temperature=0.0).top_ids.tolist() == [[4, 0, 1, 2, 3]]
+
+
+def check_likeliest(logits: Tensor, count: int) -> None:
+    out = draw(logits, num_logprobs=count, temperature=0.0)
+    order = torch.sort(logits.to(DEVICE), dim=-1, descending=True, stable=True).indices[:, :count]
+    assert torch.equal(out.top_ids, order)
+    exact = logits.to(DEVICE).double().log_softmax(-1).gather(1, order)
+    torch.testing.assert_close(out.top_logprobs.double(), exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 20, 64, 65])
+@pytest.mark.parametrize("vocabulary", [65, 1500, 9001])
+def test_likeliest(rng: torch.Generator, vocabulary: int, count: int) -> None:
+    """By rounds and by a sort; the best ones all in one stretch, spread, and equal to each other."""
+    logits = model_like(rng, 4, vocabulary)
+    logits[1] = -logits[1].abs() - 1
+    logits[2] = torch.arange(vocabulary) / vocabulary
+    logits[3] = torch.randint(3, (vocabulary,), generator=rng).float()
+    check_likeliest(logits, count)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -244,6 +264,12 @@ def test_real_vocabulary_chooses_as_pytorch_does(rng: torch.Generator, size: flo
         out, expected = (b.sample(logits, logits, rows).token_ids for b in (BACKEND, PLAIN))
         same += int((out == expected).sum())
     assert same >= 0.999 * 4 * num_rows
+
+
+@gpu
+@pytest.mark.parametrize("count", [1, 5, 20])
+def test_likeliest_of_a_real_vocabulary(rng: torch.Generator, count: int) -> None:
+    check_likeliest(model_like(rng, 64, 128256), count)
 
 
 @gpu

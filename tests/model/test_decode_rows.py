@@ -24,7 +24,7 @@ from twostroke_engine.runner.decode_rows import (
     padded_sizes,
     size_for,
 )
-from twostroke_engine.runner.forward import EagerForward
+from twostroke_engine.runner.forward import EagerForward, FreshTokens
 from twostroke_engine.runner.inputs import Chunk, InputBuilder
 from twostroke_engine.runner.model_runner import LoadedModel, ModelRunner
 from twostroke_engine.runner.sequence import RunnerSequence
@@ -72,7 +72,7 @@ def test_rows_are_what_the_plain_way_builds(data: st.DataObject) -> None:
         chunks = []
         for sequence in chosen:
             start = data.draw(st.integers(0, len(sequence.tokens) - 1))
-            chunks.append(Chunk(sequence, start, start + 1))
+            chunks.append(Chunk(sequence, start, start + 1, is_decode=True))
         if rows.fill(chunks, size):
             tables = torch.from_numpy(rows.tables(size))
             on_device[:size, : tables.shape[1]] = tables
@@ -101,9 +101,9 @@ def test_rows_are_what_the_plain_way_builds(data: st.DataObject) -> None:
 def test_tables_are_sent_only_when_they_change() -> None:
     rows = DecodeRows(max_rows=4, max_blocks=4, block_size=BLOCK_SIZE, scratch_block=SCRATCH)
     sequence = make_sequence(1, 12)
-    sent = [rows.fill([Chunk(sequence, start, start + 1)], size=2) for start in range(12)]
+    sent = [rows.fill([Chunk(sequence, start, start + 1, is_decode=True)], size=2) for start in range(12)]
     assert sent == [start % BLOCK_SIZE == 0 for start in range(12)]
-    assert rows.fill([Chunk(make_sequence(2, 12), 0, 1)], size=2)
+    assert rows.fill([Chunk(make_sequence(2, 12), 0, 1, is_decode=True)], size=2)
     assert rows.fill([], size=2)
     assert not rows.fill([], size=2)
 
@@ -111,42 +111,35 @@ def test_tables_are_sent_only_when_they_change() -> None:
 def test_a_token_or_block_that_is_not_there_is_an_error() -> None:
     rows = DecodeRows(max_rows=4, max_blocks=4, block_size=BLOCK_SIZE, scratch_block=SCRATCH)
     with pytest.raises(IndexError):
-        rows.fill([Chunk(make_sequence(1, 3), 3, 4)], size=1)
+        rows.fill([Chunk(make_sequence(1, 3), 3, 4, is_decode=True)], size=1)
     with pytest.raises(IndexError):
-        rows.fill([Chunk(make_sequence(1, 4), 4, 5)], size=1)
+        rows.fill([Chunk(make_sequence(1, 4), 4, 5, is_decode=True)], size=1)
 
 
 class StaticForward:
     """What a graph does, launched kernel by kernel: it reads and writes the static buffers alone."""
 
-    lookahead = 1
+    overlaps = True
 
     def __init__(self, eager: EagerForward, pool: Tensor, sizes: tuple[int, ...], vocab_size: int) -> None:
-        self.num_steps = self.num_ahead = 0
+        self.num_steps = self.num_fresh = 0
         self._eager = eager
         self._sizes = sizes
         logits = torch.full((sizes[-1], vocab_size), float("nan"))
         self._buffers = DecodeBuffers(pool, sizes[-1], max_blocks=96, logits=logits)
 
-    def logits(self, chunks: Sequence[Chunk], rows: Sequence[int], sink: KVSink) -> Tensor | None:
-        if chunks[-1].count > 1 or len(chunks) > self._sizes[-1]:
-            return self._eager.logits(chunks, rows, sink)
+    def logits(
+        self, chunks: Sequence[Chunk], rows: Sequence[int], sink: KVSink, fresh: FreshTokens | None = None
+    ) -> Tensor | None:
+        self.num_fresh += fresh is not None
+        if not chunks[-1].is_decode or len(chunks) > self._sizes[-1]:
+            return self._eager.logits(chunks, rows, sink, fresh)
         self.num_steps += 1
-        logits = self._run(chunks, None)
-        return logits[rows] if rows else None
-
-    def ahead(self, chunks: Sequence[Chunk], token_ids: Tensor) -> Tensor | None:
-        if len(chunks) > self._sizes[-1]:
-            return None
-        self.num_ahead += 1
-        return self._run(chunks, token_ids)
-
-    def _run(self, chunks: Sequence[Chunk], token_ids: Tensor | None) -> Tensor:
         size = size_for(len(chunks), self._sizes)
-        self._buffers.fill(chunks, size, token_ids)
+        self._buffers.fill(chunks, size, fresh)
         decoder = self._eager._decoder
         decoder.write_logits(decoder(self._buffers.inputs(size)), self._buffers.logits[:size])
-        return self._buffers.logits[: len(chunks)].clone()
+        return self._buffers.logits[rows] if rows else None
 
 
 def static_twin(model: LoadedModel) -> tuple[ModelRunner, StaticForward]:
@@ -176,5 +169,5 @@ def test_padded_steps_give_the_tokens_of_plain_ones(num_blocks: int, tiny_llama:
     padded, _ = run_requests(config, model, runner, requests)
     assert padded == plain
     assert (num_preempted > 0) == (num_blocks == 14)
-    assert forward.num_steps + forward.num_ahead > 40
-    assert forward.num_ahead > 20, "most steps are launched before the last one's tokens are known"
+    assert forward.num_steps > 40
+    assert forward.num_fresh > 20, "most steps are launched before the last one's tokens are known"

@@ -9,7 +9,13 @@ import torch
 from twostroke_engine.config import EngineConfig
 from twostroke_engine.model.config import ModelError
 from twostroke_engine.runner.forward import EagerForward
-from twostroke_engine.runner.memory import DeviceMemory, num_profile_blocks, profile_plans, told_num_blocks
+from twostroke_engine.runner.memory import (
+    DeviceMemory,
+    captured_bytes,
+    num_profile_blocks,
+    profile_plans,
+    told_num_blocks,
+)
 from twostroke_engine.runner.model_runner import LoadedModel, ModelRunner
 from twostroke_engine.transfer.end import NoSink
 
@@ -29,6 +35,9 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
         (DeviceMemory(total=100, free_at_start=55, free=33, reserved=20, peak=28), 0.9, 33 - 8),
         # Another process has let go of memory meanwhile.
         (DeviceMemory(total=100, free_at_start=50, free=75, reserved=20, peak=25), 0.8, 80 - 25),
+        # Captured steps keep memory of their own.
+        (DeviceMemory(total=100, free_at_start=100, free=78, reserved=20, peak=28, captured=5), 0.9, 90 - 2 - 28 - 5),
+        (DeviceMemory(total=100, free_at_start=55, free=33, reserved=20, peak=28, captured=5), 0.9, 33 - 8 - 5),
         # What torch keeps may serve the peak.
         (DeviceMemory(total=100, free_at_start=100, free=68, reserved=30, peak=28), 1.0, 68),
         (DeviceMemory(total=100, free_at_start=100, free=8, reserved=90, peak=95), 0.9, -7),
@@ -36,6 +45,11 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 )
 def test_bytes_for_kv(memory: DeviceMemory, fraction: float, kv: int) -> None:
     assert memory.for_kv(fraction) == kv
+
+
+@pytest.mark.parametrize(("num_tokens", "captured"), [(512, 1000), (2048, 1000), (8192, 250)])
+def test_captured_pieces_are_counted_by_their_share_of_the_largest_step(num_tokens: int, captured: int) -> None:
+    assert captured_bytes(1000, num_tokens) == captured
 
 
 def test_who_says_how_many_blocks(loaded: LoadedModel) -> None:

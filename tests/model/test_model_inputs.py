@@ -74,7 +74,7 @@ def test_tokens_or_blocks_that_are_not_there_are_an_error() -> None:
     [(0, 3, 7), (0, 4, None), (0, 5, 2), (3, 5, 2), (4, 5, 2), (5, 6, None), (4, 8, None), (8, 9, 5), (0, 11, 5)],
 )
 def test_begun_block(start: int, end: int, block: int | None) -> None:
-    assert Chunk(sequence(1, 11, (7, 2, 5)), start, end).begun_block(BLOCK_SIZE) == block
+    assert Chunk(sequence(1, 11, (7, 2, 5)), start, end, is_decode=False).begun_block(BLOCK_SIZE) == block
 
 
 def test_growing_ints_keep_their_values() -> None:

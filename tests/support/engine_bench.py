@@ -35,11 +35,17 @@ class EngineBench:
         max_step_tokens: int = 64,
         max_running: int = 8,
         max_model_len: int | None = None,
+        overlaps: bool = False,
+        batch_invariant: bool = False,
     ) -> None:
         self.now_s = 100.0
-        self.runner = ScriptedRunner(num_blocks, block_size, max_step_tokens)
+        self.runner = ScriptedRunner(num_blocks, block_size, max_step_tokens, overlaps, batch_invariant)
         config = EngineConfig(
-            model_dir="", max_step_tokens=max_step_tokens, max_running=max_running, max_model_len=max_model_len
+            model_dir="",
+            max_step_tokens=max_step_tokens,
+            max_running=max_running,
+            max_model_len=max_model_len,
+            batch_invariant=batch_invariant,
         )
         group = LayerGroup(num_layers=1, num_kv_heads=1, head_dim=1)
         spec = KVSpec(block_size=block_size, dtype="float32", groups=(group,))

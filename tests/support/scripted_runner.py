@@ -6,7 +6,7 @@ sequence reads (another one's block, a block given away too early, a copy not ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
 from twostroke_engine.request import FinishReason, Request, TokenOut
@@ -63,16 +63,30 @@ class _Known:
     def __init__(self, new: NewSequence) -> None:
         self.tokens = list(new.token_ids)
         self.blocks = list(new.block_ids)
+        self.num_prompt_tokens = new.num_prompt_tokens
         self.choice = new.choice
         self.seed = new.sampling.seed
 
 
 class ScriptedRunner:
-    """Executes plans as a real runner does, and asserts on the way that every read finds what was written for it."""
+    """Executes plans as a real runner does, and asserts on the way that every read finds what was written for it.
 
-    lookahead = 0
+    With `overlaps` it does what a GPU's does: everything is done at launch, and the host hears of it when it lands.
+    """
 
-    def __init__(self, num_blocks: int, block_size: int, max_step_tokens: int) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_step_tokens: int,
+        overlaps: bool = False,
+        batch_invariant: bool = False,
+    ) -> None:
+        self.overlaps = overlaps
+        self.num_aloft = 0
+        self.most_aloft = 0
+        self._batch_invariant = batch_invariant
+        self._is_generated = [[False] * block_size for _ in range(num_blocks)]
         self.block_size = block_size
         self.kv: list[list[bytes | None]] = [[None] * block_size for _ in range(num_blocks)]
         self.tokens_computed = 0
@@ -80,7 +94,7 @@ class ScriptedRunner:
         self._max_step_tokens = max_step_tokens
         self._known: dict[int, _Known] = {}
 
-    def execute(self, plan: StepPlan, sink: KVSink) -> StepOutput:
+    def launch(self, plan: StepPlan, sink: KVSink) -> Callable[[], StepOutput]:
         assert 0 < plan.num_tokens <= self._max_step_tokens, "the budget of a step"
         self.plans.append(plan)
         self.tokens_computed += plan.num_tokens
@@ -97,7 +111,13 @@ class ScriptedRunner:
         for entry in plan.scheduled:
             self._read(entry)
         sampled = tuple(self._sample(entry) for entry in plan.scheduled if entry.choices)
-        return StepOutput(step=plan.step, sampled=sampled)
+        self.num_aloft += 1
+        self.most_aloft = max(self.most_aloft, self.num_aloft)
+        return lambda: self._land(StepOutput(step=plan.step, sampled=sampled))
+
+    def _land(self, output: StepOutput) -> StepOutput:
+        self.num_aloft -= 1
+        return output
 
     def _copy(self, plan: StepPlan) -> None:
         targets = [copy.target for copy in plan.copies]
@@ -105,6 +125,7 @@ class ScriptedRunner:
         assert not {copy.source for copy in plan.copies} & set(targets), "the order of copies matters"
         for copy in plan.copies:
             self.kv[copy.target] = list(self.kv[copy.source])
+            self._is_generated[copy.target] = list(self._is_generated[copy.source])
 
     def _write(self, entry: Scheduled) -> None:
         known = self._known[entry.sequence_id]
@@ -117,11 +138,20 @@ class ScriptedRunner:
         for position in range(entry.start, end):
             block, offset = divmod(position, self.block_size)
             self.kv[known.blocks[block]][offset] = digests[position]
+            self._is_generated[known.blocks[block]][offset] = entry.start >= known.num_prompt_tokens
+        if self._batch_invariant:
+            is_prompt = end <= known.num_prompt_tokens
+            assert is_prompt or entry.count == 1, "generated tokens are computed in a chunk"
 
     def _read(self, entry: Scheduled) -> None:
         known = self._known[entry.sequence_id]
         end = entry.start + entry.count
         assert self.read(known.blocks, end) == kv_of(known.tokens[:end]), f"{entry} reads another sequence's KV"
+        if self._batch_invariant:
+            slots = (divmod(position, self.block_size) for position in range(end))
+            generated = [self._is_generated[known.blocks[block]][offset] for block, offset in slots]
+            expected = [position >= known.num_prompt_tokens for position in range(end)]
+            assert generated == expected, "KV from another kind of step"
 
     def read(self, blocks: Sequence[int], num_tokens: int) -> list[bytes | None]:
         """The KV in a block table's first `num_tokens` slots."""
@@ -133,6 +163,6 @@ class ScriptedRunner:
         digest = kv_of(known.tokens)[-1]
         tokens = tuple(TokenOut(next_token(digest, known.seed, choice)) for choice in entry.choices)
         finite = NAN_TOKEN not in known.tokens
-        if finite:
+        if finite or self.overlaps:  # a device goes on with whatever token it has chosen
             known.tokens.append(tokens[entry.choices.index(known.choice)].id)
         return Sampled(sequence_id=entry.sequence_id, tokens=tokens, finite=finite)

@@ -170,6 +170,8 @@ def test_servers_that_run_already_are_not_started(tmp_path: Path) -> None:
 
 def test_flags_are_passed_on_if_given() -> None:
     assert flags(block_size=16, num_blocks=None, dtype="float32") == ("--block-size", "16", "--dtype", "float32")
+    assert flags(batch_invariant=True, threads=1) == ("--batch-invariant", "--threads", "1")
+    assert flags(batch_invariant=False) == ()
 
 
 # ---- what a router answers -------------------------------------------------------------------------------------------

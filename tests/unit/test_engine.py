@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 from twostroke_engine.messages import ChoiceDelta, LeaseGrant, RequestEnd, RequestUpdate
-from twostroke_engine.request import ErrorCode, Request, RequestFacts, SamplingParams, TokenOut
+from twostroke_engine.request import ErrorCode, FinishReason, Request, RequestFacts, SamplingParams, TokenOut
 from twostroke_engine.transfer.messages import FirstToken
 from twostroke_engine.updates import Updates
 
 from tests.support.engine_bench import EngineBench, make_request
-from tests.support.scripted_runner import NAN_TOKEN, expected
+from tests.support.scripted_runner import EOS, NAN_TOKEN, expected, kv_of, next_token
 
 
 @pytest.mark.parametrize(
@@ -171,3 +171,53 @@ def test_sampling_defaults_reach_the_runner_unchanged() -> None:
     bench.engine.submit(Request(id="a", token_ids=(5, 6), sampling=sampling))
     bench.run()
     assert bench.runner.plans[0].new[0].sampling is sampling
+
+
+def test_a_step_is_launched_before_the_one_before_it_has_landed() -> None:
+    bench = EngineBench(overlaps=True)
+    bench.engine.submit(make_request("a", 20, max_tokens=4))
+    bench.step()
+    assert not bench.heard, "the first step is still computed"
+    bench.step()
+    assert bench.heard["a"].tokens[0] == expected(make_request("a", 20, max_tokens=4), 112)[0][0][:1]
+    bench.run()
+    assert bench.runner.most_aloft == 2
+    assert bench.engine.load().steps == 4, "nothing was computed in vain: the length was known"
+
+
+def test_a_row_computed_for_a_sequence_that_had_ended_is_dropped() -> None:
+    request = make_request("a", 20, max_tokens=30, ignore_eos=False)
+    digest = kv_of(request.token_ids)[-1]
+    seed = next(seed for seed in range(9999) if next_token(digest, seed, 0) == EOS)
+    request = make_request("a", 20, max_tokens=30, ignore_eos=False, seed=seed)
+    bench = EngineBench(overlaps=True)
+    bench.engine.submit(request)
+    bench.run()
+    assert bench.heard["a"].result() == [([EOS], FinishReason.STOP)]
+    assert bench.engine.load().steps == 2
+    bench.assert_idle()
+
+
+def test_penalties_are_of_tokens_that_are_known() -> None:
+    """The logits of a penalised request depend on the token before, so its step waits for that."""
+    bench = EngineBench(overlaps=True)
+    bench.engine.submit(make_request("a", 20, frequency_penalty=0.5))
+    bench.engine.submit(make_request("b", 20))
+    bench.run()
+    assert bench.runner.most_aloft == 1
+    assert bench.engine.load().steps == 8
+
+
+def test_choices_that_outlive_a_preempted_parent_are_computed_again() -> None:
+    bench = EngineBench(num_blocks=4, overlaps=True)
+    requests = [make_request(name, 16) for name in ("first", "second")]
+    requests.append(make_request("forks", 15, n=2, max_tokens=3, priority=1))
+    for request in requests:
+        bench.engine.submit(request)
+    bench.step()
+    bench.step()
+    assert bench.engine.load().preemptions == 1
+    assert len(bench.heard["forks"].tokens) == 2, "its tokens landed after it had lost its blocks"
+    bench.run()
+    assert [bench.heard[request.id].result() for request in requests] == [expected(entry, 64) for entry in requests]
+    bench.assert_idle()

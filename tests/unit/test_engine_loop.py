@@ -181,7 +181,9 @@ def test_messages_reach_the_end_they_are_for() -> None:
 
 def test_a_failure_is_said_in_one_line_and_ends_the_thread(caplog: pytest.LogCaptureFixture) -> None:
     class BrokenRunner:
-        def execute(self, plan: StepPlan, sink: KVSink) -> StepOutput:
+        overlaps = False
+
+        def launch(self, plan: StepPlan, sink: KVSink) -> Callable[[], StepOutput]:
             raise RuntimeError("out of memory")
 
     bench = EngineBench()

@@ -42,6 +42,7 @@ def arrivals(draw: st.DrawFn, max_size: int = 12, cancels: bool = True) -> list[
             min_tokens=draw(st.sampled_from([0, 0, 3])),
             ignore_eos=draw(st.booleans()),
             seed=draw(st.integers(0, 2)),
+            presence_penalty=draw(st.sampled_from([0.0, 0.0, 0.0, 1.0])),
         )
         cancel_after = draw(st.none() | st.integers(0, 12)) if cancels else None
         result.append(Arrival(request, draw(st.integers(0, 3)), cancel_after))
@@ -55,6 +56,8 @@ def benches(draw: st.DrawFn) -> EngineBench:
         num_blocks=draw(st.integers(7, 24)),
         max_step_tokens=draw(st.integers(3, 70)),
         max_running=draw(st.integers(1, 8)),
+        overlaps=draw(st.booleans()),
+        batch_invariant=draw(st.booleans()),
     )
 
 

@@ -14,10 +14,12 @@ from tests.support.scripted_transfer import Pair
 from tests.unit.test_engine_properties import Arrival, arrivals
 
 
-def make_pair(prefill_blocks: int = 32, decode_blocks: int = 32, max_step_tokens: int = 40) -> Pair:
+def make_pair(
+    prefill_blocks: int = 32, decode_blocks: int = 32, max_step_tokens: int = 40, overlaps: bool = False
+) -> Pair:
     return Pair(
-        EngineBench(num_blocks=prefill_blocks, max_step_tokens=max_step_tokens),
-        EngineBench(num_blocks=decode_blocks, max_step_tokens=max_step_tokens, max_running=4),
+        EngineBench(num_blocks=prefill_blocks, max_step_tokens=max_step_tokens, overlaps=overlaps),
+        EngineBench(num_blocks=decode_blocks, max_step_tokens=max_step_tokens, max_running=4, overlaps=overlaps),
     )
 
 
@@ -62,12 +64,13 @@ def stream(pair: Pair, request_id: str) -> list[tuple[list[int], FinishReason]]:
     prefill_blocks=st.integers(7, 20),
     decode_blocks=st.integers(7, 20),
     budget=st.integers(4, 70),
+    overlaps=st.booleans(),
     data=st.data(),
 )
 def test_streams_go_on_where_prefill_left_them(
-    script: list[Arrival], prefill_blocks: int, decode_blocks: int, budget: int, data: st.DataObject
+    script: list[Arrival], prefill_blocks: int, decode_blocks: int, budget: int, overlaps: bool, data: st.DataObject
 ) -> None:
-    pair = make_pair(prefill_blocks, decode_blocks, budget)
+    pair = make_pair(prefill_blocks, decode_blocks, budget, overlaps)
     cancels: set[str] = set()
     for arrival in script:
         pair.reserve(arrival.request)

@@ -21,10 +21,10 @@ class Desk:
     """A scheduler, its pool, and a runner that takes 7 for every next token."""
 
     def __init__(
-        self, num_blocks: int = 16, max_step_tokens: int = 64, max_running: int = 8, lookahead: int = 0
+        self, num_blocks: int = 16, max_step_tokens: int = 64, max_running: int = 8, batch_invariant: bool = False
     ) -> None:
         self.pool = BlockPool(num_blocks)
-        self.scheduler = Scheduler(self.pool, BLOCK, max_step_tokens, max_running, lookahead)
+        self.scheduler = Scheduler(self.pool, BLOCK, max_step_tokens, max_running, batch_invariant)
         self.sequences: dict[str, Sequence] = {}
         self.step = 0
 
@@ -36,14 +36,22 @@ class Desk:
         return sequence
 
     def run(self) -> StepPlan:
+        plan = self.launch()
+        self.land(plan)
+        return plan
+
+    def launch(self) -> StepPlan:
         self.step += 1
         plan = self.scheduler.plan(self.step, float(self.step))
-        self.scheduler.commit(plan)
+        self.scheduler.launched(plan)
+        return plan
+
+    def land(self, plan: StepPlan) -> None:
+        self.scheduler.landed(plan)
         for entry in plan.scheduled:
             if entry.choices:
                 self.named(entry.sequence_id)[1].append(7)
         self.pool.check()
-        return plan
 
     def named(self, sequence_id: int) -> tuple[str, Sequence]:
         return next((name, entry) for name, entry in self.sequences.items() if entry.sequence_id == sequence_id)
@@ -113,19 +121,67 @@ def test_the_least_important_and_latest_is_preempted_and_comes_back_first() -> N
     assert first.is_running
 
 
-def test_a_block_for_the_next_token_is_taken_early_but_never_from_another() -> None:
-    desk = Desk(num_blocks=3, lookahead=1)
-    first, last = desk.add("first", 14), desk.add("last", 14)
-    desk.run()
-    desk.run()
-    assert (first.num_tokens, len(first.block_ids)) == (16, 1)
-    plan = desk.run()
-    assert (first.num_computed, len(first.block_ids)) == (16, 2), "token 16 is not there yet, its block is"
-    assert plan.scheduled[0].new_block_ids == tuple(first.block_ids[1:])
-    assert (last.num_computed, len(last.block_ids)) == (16, 1), "none was spare, and no one was preempted for it"
-    assert desk.scheduler.preemptions == 0
-    assert desk.counts(desk.run()) == {"first": 1}
-    assert desk.scheduler.preemptions == 1, "the token itself is worth one"
+def test_a_plan_can_be_made_before_the_one_before_it_has_landed() -> None:
+    desk = Desk(max_step_tokens=24)
+    desk.add("a", 20)
+    desk.add("b", 30)
+    first = desk.launch()
+    second = desk.launch()
+    assert desk.counts(first) == {"a": 20, "b": 4}
+    assert desk.counts(second) == {"a": 1, "b": 23}
+    assert [(entry.start, entry.choices) for entry in second.scheduled] == [(20, (0,)), (4, ())]
+    desk.land(first)
+    third = desk.launch()
+    assert [(desk.named(entry.sequence_id)[0], entry.start) for entry in third.scheduled] == [("a", 21), ("b", 27)]
+
+
+def test_what_ends_with_the_awaited_token_is_not_planned_again() -> None:
+    desk = Desk()
+    last = Sequence(1, make_request("last", 20, max_tokens=1), BLOCK)
+    forks = Sequence(2, make_request("forks", 20, n=2), BLOCK)
+    limited = Sequence(3, make_request("limited", 20), BLOCK, max_model_len=21)
+    for name, sequence in (("last", last), ("forks", forks), ("limited", limited)):
+        desk.sequences[name] = sequence
+        desk.scheduler.add(sequence, 0.0)
+    handed = desk.add("handed", 20, sink_id=5)
+    assert desk.counts(desk.launch()) == {"last": 20, "forks": 20, "limited": 20, "handed": 4}
+    assert desk.counts(desk.launch()) == {"handed": 16}
+    assert handed.holds_for_token
+    assert desk.launch().scheduled == ()
+
+
+def test_one_preempted_while_its_token_is_awaited_comes_back_when_it_knows_it() -> None:
+    desk = Desk(num_blocks=3)
+    first, last = desk.add("first", 15), desk.add("last", 15)
+    both = desk.launch()
+    both_again = desk.launch()
+    assert desk.counts(both_again) == {"first": 1, "last": 1}
+    desk.land(both)
+    aloft = desk.launch()
+    assert desk.counts(aloft) == {"first": 1}
+    assert (last.num_computed, last.num_awaited, last.preemptions) == (0, 1, 1)
+    desk.scheduler.retire(first)
+    assert desk.launch().scheduled == (), "a token is missing"
+    desk.land(both_again)
+    plan = desk.launch()
+    assert plan.new[0].token_ids == tuple(last.token_ids)
+    assert len(last.token_ids) == 17
+
+
+def test_batch_invariant_plans_keep_prompts_and_generated_tokens_apart() -> None:
+    desk = Desk(max_step_tokens=30, batch_invariant=True)
+    sequence = Sequence(1, make_request("a", 40), BLOCK)
+    desk.sequences["a"] = sequence
+    for token in (7, 8, 9):
+        sequence.append(token)
+    desk.scheduler.add(sequence, 0.0)
+    entries = [desk.run().scheduled[0] for _ in range(5)]
+    assert [(entry.start, entry.count) for entry in entries] == [(0, 30), (30, 10), (40, 1), (41, 1), (42, 1)]
+    assert [entry.choices for entry in entries] == [(), (), (), (), (0,)]
+    for _ in range(10):
+        desk.run()
+    assert sequence.num_computed > 48
+    assert sequence.num_published == 2, "blocks of the prompt alone"
 
 
 def test_hand_offs_are_no_victims() -> None:

@@ -33,6 +33,11 @@ def test_random_weights_and_memory_reach_the_engine() -> None:
     assert (told.load_format, told.gpu_memory_fraction, told.kv_cache_bytes) == ("random", 0.45, 4096)
 
 
+def test_the_batch_invariant_mode_reaches_the_engine() -> None:
+    assert engine_config("--batch-invariant").batch_invariant
+    assert not engine_config().batch_invariant
+
+
 @pytest.mark.parametrize("fraction", ["0", "1.01", "nan"])
 def test_a_fraction_is_a_fraction(fraction: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

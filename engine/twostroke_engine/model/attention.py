@@ -5,51 +5,71 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
     from torch import Tensor
-    from twostroke_kernels.backend import Backend, HeadNorm, RotaryTable
+    from twostroke_kernels.backend import Backend, PagedBatch, Rotation, RowNorm
 
     from twostroke_engine.model.linear import QKVLinear, RowLinear
     from twostroke_engine.runner.inputs import ForwardInputs
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionRows:
+    """Rows of a step that one kind of attention computes."""
+
+    batch: PagedBatch
+    q: Tensor
+    """[rows, H, D]."""
+    out: Tensor
+    """[rows, H, D], written."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepAttention:
+    """What attention of every layer of a step reads and writes; only the layer's keys and values differ."""
+
+    decode: AttentionRows | None
+    prefill: AttentionRows | None
+
+    @staticmethod
+    def of(inputs: ForwardInputs, q: Tensor, out: Tensor) -> StepAttention:
+        """Decoding rows come first in `q` and `out`, rows of prompt chunks after them; either may be absent."""
+        decode, prefill = inputs.decode, inputs.prefill
+        first = 0 if decode is None else decode.num_sequences
+        return StepAttention(
+            None if decode is None else AttentionRows(decode, q[:first], out[:first]),
+            None if prefill is None else AttentionRows(prefill, q[first:], out[first:]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
-    """Causal self-attention of one layer over the paged cache."""
+    """Causal self-attention of one layer over the paged cache, in three parts.
+
+    A step is cut here: what comes before and after attention has the same shape whatever the sequences are.
+    """
 
     backend: Backend
-    rotary: RotaryTable
+    rotation: Rotation
     layer: int
     qkv: QKVLinear
     out: RowLinear
-    head_norm: HeadNorm | None
     head_dim: int
 
-    def __call__(self, x: Tensor, inputs: ForwardInputs) -> Tensor:
-        """x [T, E] -> [T, E]; writes the layer's KV on the way."""
+    def begin(self, hidden: Tensor, norm: RowNorm, inputs: ForwardInputs, q: Tensor) -> None:
+        """Queries of `hidden` [T, E] go into `q` [T, H, D], keys and values into the cache."""
+        qkv = self.qkv(hidden, norm)
         kv_layer = inputs.kv_layers[self.layer]
-        q = self.backend.rotate_and_write_kv(
-            self.qkv(x), inputs.positions, self.rotary, self.head_norm, kv_layer, inputs.slots
-        )
-        # Told before attention runs, so that sending the layer overlaps with the rest of its work.
-        inputs.sink.layer_written(self.layer)
-        return self.out(self._attend(q, kv_layer, inputs).flatten(1))
+        self.backend.rotate_and_write_kv(qkv, inputs.positions, self.rotation, kv_layer, inputs.slots, out=q)
 
-    def _attend(self, q: Tensor, kv_layer: Tensor, inputs: ForwardInputs) -> Tensor:
-        """Decoding rows come first, rows of prompt chunks after them; either may be absent."""
+    def attend(self, step: StepAttention, kv_layer: Tensor) -> None:
+        """Attention itself, of the rows that `step` names."""
         scale = self.head_dim**-0.5
-        decode, prefill = inputs.decode, inputs.prefill
-        if prefill is None:
-            assert decode is not None
-            return self.backend.decode_attention(q, kv_layer, decode, scale)
-        if decode is None:
-            return self.backend.prefill_attention(q, kv_layer, prefill, scale)
-        num_decode = decode.num_sequences
-        return torch.cat(
-            (
-                self.backend.decode_attention(q[:num_decode], kv_layer, decode, scale),
-                self.backend.prefill_attention(q[num_decode:], kv_layer, prefill, scale),
-            )
-        )
+        if (rows := step.decode) is not None:
+            self.backend.decode_attention(rows.q, kv_layer, rows.batch, scale, out=rows.out)
+        if (rows := step.prefill) is not None:
+            self.backend.prefill_attention(rows.q, kv_layer, rows.batch, scale, out=rows.out)
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> None:
+        """In place: hidden [T, E] += the output projection of `attended` [T, H, D]."""
+        self.out.add(hidden, attended.flatten(1))

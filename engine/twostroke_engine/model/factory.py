@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from twostroke_kernels.backend import HeadNorm
+from twostroke_kernels.backend import HeadNorm, RowNorm
 
-from twostroke_engine.model.layers import Embedding, Head, RMSNorm
-from twostroke_engine.model.linear import Linear, MergedLinear, QKVLinear, RowLinear, Shard
+from twostroke_engine.model.layers import Embedding, Head
+from twostroke_engine.model.linear import Linear, MergedLinear, QKVLinear, RowLinear, Shard, share
 from twostroke_engine.weights.loader import Pull, Source
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ class LayerFactory:
         """`q_proj`, `k_proj` and `v_proj` under `name`."""
         heads = (config.num_heads, config.num_kv_heads)
         shards = QKVLinear.head_shards(name, config.hidden_size, heads, config.head_dim, self._group)
-        return self._keep(QKVLinear(self._scheme, self._allocate(shards, bias)))
+        held = share(f"{name}.q_proj", config.num_heads, self._group)
+        return self._keep(QKVLinear(self._scheme, self._allocate(shards, bias), len(held)))
 
     def row(self, name: str, in_features: int, out_features: int, bias: bool) -> RowLinear:
         """A linear layer whose inputs are split; one rank adds the bias, for the outputs are summed."""
@@ -65,9 +66,9 @@ class LayerFactory:
             self._unneeded.append(f"{name}.bias")
         return self._keep(RowLinear(self._scheme, self._allocate(shards, held), self._group))
 
-    def norm(self, name: str, config: ModelConfig) -> RMSNorm:
+    def norm(self, name: str, config: ModelConfig) -> RowNorm:
         """An RMS norm of hidden states."""
-        return RMSNorm(self.backend, self._whole(f"{name}.weight", (config.hidden_size,)), config.rms_norm_eps)
+        return RowNorm(self._whole(f"{name}.weight", (config.hidden_size,)), config.rms_norm_eps)
 
     def head_norm(self, name: str, config: ModelConfig) -> HeadNorm:
         """`q_norm` and `k_norm` under `name`."""
@@ -78,12 +79,12 @@ class LayerFactory:
         """Token embeddings, whole on every rank."""
         return Embedding(self._whole(f"{name}.weight", (config.vocab_size, config.hidden_size)))
 
-    def head(self, name: str, config: ModelConfig, embedding: Embedding) -> Head:
+    def head(self, name: str, config: ModelConfig, norm: RowNorm, embedding: Embedding) -> Head:
         """The output head, or the embedding's weight again where the two are tied."""
         if config.tie_word_embeddings:
             self._unneeded.append(f"{name}.weight")
-            return Head(self.backend, embedding.weight)
-        return Head(self.backend, self._whole(f"{name}.weight", (config.vocab_size, config.hidden_size)))
+            return Head(self.backend, norm, embedding.weight)
+        return Head(self.backend, norm, self._whole(f"{name}.weight", (config.vocab_size, config.hidden_size)))
 
     def load(self, weights: WeightSource) -> None:
         """Fills every layer made so far.

@@ -1,4 +1,4 @@
-"""The small layers: norm, embedding, output head, gated MLP, rotary angles."""
+"""The small layers: embedding, output head, gated MLP, rotary angles."""
 
 from __future__ import annotations
 
@@ -11,27 +11,10 @@ from torch import Tensor
 from twostroke_kernels.backend import RotaryTable
 
 if TYPE_CHECKING:
-    from twostroke_kernels.backend import Backend
+    from twostroke_kernels.backend import Backend, RowNorm
 
     from twostroke_engine.model.config import Rope
     from twostroke_engine.model.linear import MergedLinear, RowLinear
-
-
-@dataclass(frozen=True, slots=True)
-class RMSNorm:
-    """Root mean square norm, alone or after a residual sum."""
-
-    backend: Backend
-    weight: Tensor
-    eps: float
-
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm of the sum, the sum)."""
-        return self.backend.add_rms_norm(x, residual, self.weight, self.eps)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The norm of `x`."""
-        return self.backend.rms_norm(x, self.weight, self.eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,39 +24,35 @@ class Embedding:
     weight: Tensor
     """[V, E]."""
 
-    def __call__(self, token_ids: Tensor) -> Tensor:
-        """[T] -> [T, E]."""
-        return torch.nn.functional.embedding(token_ids, self.weight)
+    def write(self, token_ids: Tensor, out: Tensor) -> None:
+        """[T] -> `out` [T, E]."""
+        torch.index_select(self.weight, 0, token_ids, out=out)
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """Hidden states to logits over the whole vocabulary; the weight may be the embedding's."""
+    """The last norm, then logits over the whole vocabulary; the weight may be the embedding's."""
 
     backend: Backend
+    norm: RowNorm
     weight: Tensor
     """[V, E]."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """float32 logits."""
-        return self.backend.linear(x, self.weight).float()
-
-    def write(self, x: Tensor, out: Tensor) -> None:
-        """The same, into `out`: one pass over the logits, not two."""
-        out.copy_(self.backend.linear(x, self.weight))
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """float32 logits [R, V] of hidden states [R, E], into `out` if it is there."""
+        return self.backend.norm_logits(x, self.norm, self.weight, out)
 
 
 @dataclass(frozen=True, slots=True)
 class GatedMLP:
     """down(silu(gate(x)) * up(x))."""
 
-    backend: Backend
     gate_up: MergedLinear
     down: RowLinear
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, E] -> [T, E]."""
-        return self.down(self.backend.silu_mul(self.gate_up(x)))
+    def add(self, hidden: Tensor, norm: RowNorm) -> None:
+        """In place: hidden [T, E] += the output for its norm."""
+        self.down.add(hidden, self.gate_up.gated(hidden, norm))
 
 
 def rotary_table(rope: Rope, head_dim: int, num_positions: int, device: torch.device) -> RotaryTable:

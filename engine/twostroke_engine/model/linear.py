@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+    from twostroke_kernels.backend import RowNorm
 
     from twostroke_engine.quant.scheme import Params, QuantScheme
     from twostroke_engine.runner.parallel import ParallelGroup
@@ -40,13 +41,13 @@ class Linear:
         """Once, after loading."""
         self._params = self._scheme.prepare(self._params)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, inputs held] -> [T, outputs held]."""
-        return self._scheme.apply(x, self._params)
-
 
 class ColumnLinear(Linear):
-    """Output features are split over ranks; the output stays split."""
+    """Output features are split over ranks; the output stays split. The input is normed first."""
+
+    def __call__(self, x: Tensor, norm: RowNorm) -> Tensor:
+        """[T, in] -> [T, outputs held]."""
+        return self._scheme.apply_normed(x, norm, self._params)
 
     @staticmethod
     def shards(name: str, in_features: int, out_features: int, group: ParallelGroup) -> tuple[Shard, ...]:
@@ -56,6 +57,10 @@ class ColumnLinear(Linear):
 
 class MergedLinear(ColumnLinear):
     """Several column layers with one input, multiplied at once; each is split by itself."""
+
+    def gated(self, x: Tensor, norm: RowNorm) -> Tensor:
+        """silu(first) * second of two equally wide layers: [T, in] -> [T, outputs held of one]."""
+        return self._scheme.apply_gated(x, norm, self._params)
 
     @staticmethod
     def merged_shards(
@@ -71,6 +76,11 @@ class MergedLinear(ColumnLinear):
 
 class QKVLinear(ColumnLinear):
     """Queries, keys and values at once; split by heads, and KV heads are replicated where ranks outnumber them."""
+
+    def __init__(self, scheme: QuantScheme, params: Params, num_heads: int) -> None:
+        super().__init__(scheme, params)
+        self.num_heads = num_heads
+        """Query heads held."""
 
     @staticmethod
     def head_shards(
@@ -97,20 +107,27 @@ class QKVLinear(ColumnLinear):
 
 
 class RowLinear(Linear):
-    """Input features are split over ranks; the outputs are summed over them."""
+    """Input features are split over ranks; the outputs are summed over them, and added to the residual stream."""
 
     def __init__(self, scheme: QuantScheme, params: Params, group: ParallelGroup) -> None:
         super().__init__(scheme, params)
         self._group = group
+        self._add = self._add_alone if group.size == 1 else self._add_reduced
 
     @staticmethod
     def shards(name: str, in_features: int, out_features: int, group: ParallelGroup) -> tuple[Shard, ...]:
         """An equal share of the inputs."""
         return (Shard(name, in_features, out_features, share(name, in_features, group), range(out_features)),)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, inputs held] -> [T, out], summed over ranks."""
-        return self._group.all_reduce(self._scheme.apply(x, self._params))
+    def add(self, residual: Tensor, x: Tensor) -> None:
+        """In place: residual [T, out] += the product of x [T, inputs held], summed over ranks."""
+        self._add(residual, x)
+
+    def _add_alone(self, residual: Tensor, x: Tensor) -> None:
+        self._scheme.add(residual, x, self._params)
+
+    def _add_reduced(self, residual: Tensor, x: Tensor) -> None:
+        residual.add_(self._group.all_reduce(self._scheme.apply(x, self._params)))
 
 
 def share(name: str, total: int, group: ParallelGroup) -> range:

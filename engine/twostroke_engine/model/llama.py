@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from twostroke_kernels.backend import Rotation
+
 from twostroke_engine.model.architecture import Architecture
 from twostroke_engine.model.attention import Attention
 from twostroke_engine.model.layers import GatedMLP
@@ -18,13 +20,12 @@ def attention(config: ModelConfig, layers: LayerFactory, layer: int) -> Attentio
     name = f"model.layers.{layer}.self_attn"
     return Attention(
         backend=layers.backend,
-        rotary=layers.rotary,
+        rotation=Rotation(layers.rotary, None),
         layer=layer,
         qkv=layers.qkv(name, config, bias=config.attention_bias),
         out=layers.row(
             f"{name}.o_proj", config.num_heads * config.head_dim, config.hidden_size, bias=config.attention_bias
         ),
-        head_norm=None,
         head_dim=config.head_dim,
     )
 
@@ -34,7 +35,6 @@ def mlp(config: ModelConfig, layers: LayerFactory, layer: int) -> GatedMLP:
     name = f"model.layers.{layer}.mlp"
     wide = config.intermediate_size
     return GatedMLP(
-        backend=layers.backend,
         gate_up=layers.merged(
             (f"{name}.gate_proj", f"{name}.up_proj"), config.hidden_size, (wide, wide), bias=config.mlp_bias
         ),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from twostroke_kernels.backend import Rotation
+
 from twostroke_engine.model import llama
 from twostroke_engine.model.architecture import Architecture
 from twostroke_engine.model.attention import Attention
@@ -18,11 +20,10 @@ def attention(config: ModelConfig, layers: LayerFactory, layer: int) -> Attentio
     name = f"model.layers.{layer}.self_attn"
     return Attention(
         backend=layers.backend,
-        rotary=layers.rotary,
+        rotation=Rotation(layers.rotary, None),
         layer=layer,
         qkv=layers.qkv(name, config, bias=True),
         out=layers.row(f"{name}.o_proj", config.num_heads * config.head_dim, config.hidden_size, bias=False),
-        head_norm=None,
         head_dim=config.head_dim,
     )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from twostroke_kernels.backend import Rotation
+
 from twostroke_engine.model import llama
 from twostroke_engine.model.architecture import Architecture
 from twostroke_engine.model.attention import Attention
@@ -18,13 +20,12 @@ def attention(config: ModelConfig, layers: LayerFactory, layer: int) -> Attentio
     name = f"model.layers.{layer}.self_attn"
     return Attention(
         backend=layers.backend,
-        rotary=layers.rotary,
         layer=layer,
         qkv=layers.qkv(name, config, bias=config.attention_bias),
         out=layers.row(
             f"{name}.o_proj", config.num_heads * config.head_dim, config.hidden_size, bias=config.attention_bias
         ),
-        head_norm=layers.head_norm(name, config),
+        rotation=Rotation(layers.rotary, layers.head_norm(name, config)),
         head_dim=config.head_dim,
     )
 

@@ -10,7 +10,7 @@ from twostroke_engine.quant.scheme import Params, ParamSpec
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from twostroke_kernels.backend import Backend
+    from twostroke_kernels.backend import Backend, RowNorm
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,3 +34,15 @@ class Dense:
     def apply(self, x: Tensor, params: Params) -> Tensor:
         """One matrix product."""
         return self.backend.linear(x, params["weight"], params.get("bias"))
+
+    def apply_normed(self, x: Tensor, norm: RowNorm, params: Params) -> Tensor:
+        """Norm and product."""
+        return self.backend.norm_linear(x, norm, params["weight"], params.get("bias"))
+
+    def apply_gated(self, x: Tensor, norm: RowNorm, params: Params) -> Tensor:
+        """Norm, product and SwiGLU."""
+        return self.backend.norm_gated_linear(x, norm, params["weight"], params.get("bias"))
+
+    def add(self, residual: Tensor, x: Tensor, params: Params) -> None:
+        """Product and sum."""
+        self.backend.add_linear(residual, x, params["weight"], params.get("bias"))

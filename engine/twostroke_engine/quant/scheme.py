@@ -10,6 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     import torch
+    from twostroke_kernels.backend import RowNorm
 
 Params = Mapping[str, Tensor]
 """The tensors of one layer, by `ParamSpec.name`."""
@@ -50,16 +51,29 @@ class ParamSpec:
 
 
 class QuantScheme(Protocol):
-    """A number format of weights."""
+    """A number format of weights. Hidden states go into a product together with the norm before it, or into a sum
+    together with the product: a format whose kernels can do both at once may."""
 
     def params(self, in_features: int, out_features: int, bias: bool) -> tuple[ParamSpec, ...]:
         """The tensors of a layer of this size; asked for whole layers and for a rank's share alike."""
         ...
 
     def prepare(self, params: Params) -> Params:
-        """Once, after loading: the layout that `apply` wants."""
+        """Once, after loading: the layout that the products want."""
         ...
 
     def apply(self, x: Tensor, params: Params) -> Tensor:
         """x [T, in] -> [T, out]."""
+        ...
+
+    def apply_normed(self, x: Tensor, norm: RowNorm, params: Params) -> Tensor:
+        """The same of rms_norm(x)."""
+        ...
+
+    def apply_gated(self, x: Tensor, norm: RowNorm, params: Params) -> Tensor:
+        """silu(gate) * up of rms_norm(x) [T, in], where the outputs are 2 I (gate, then up) -> [T, I]."""
+        ...
+
+    def add(self, residual: Tensor, x: Tensor, params: Params) -> None:
+        """In place: residual [T, out] += the product of x [T, in]."""
         ...

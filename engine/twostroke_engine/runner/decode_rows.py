@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from twostroke_engine.runner.inputs import token_ids_of
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from twostroke_engine.runner.inputs import Chunk
+    from twostroke_engine.runner.inputs import Chunk, FreshTokens
     from twostroke_engine.runner.sequence import RunnerSequence
 
 MAX_GRAPH_BATCH = 512
@@ -54,16 +56,14 @@ class DecodeRows:
         self._owners: list[RunnerSequence | None] = [None] * max_rows
         self._num_known = [0] * max_rows
 
-    def fill(self, chunks: Sequence[Chunk], size: int, knows_tokens: bool = True) -> bool:
-        """Takes in a step of chunks of one token each, padded to `size` rows; whether the tables changed.
-
-        Token ids are left at 0 if the host does not know them yet.
-        """
+    def fill(self, chunks: Sequence[Chunk], size: int, fresh: FreshTokens | None = None) -> bool:
+        """Takes in a step of chunks of one token each, padded to `size` rows; whether the tables changed."""
         num_rows = len(chunks)
         changed = [self._set_table(row, chunk.sequence, chunk.start) for row, chunk in enumerate(chunks)]
         changed += [self._set_padding(row) for row in range(num_rows, size)]
         numbers = self._numbers[:, :size]
-        numbers[TOKEN, :num_rows] = [chunk.sequence.tokens.at(chunk.start) for chunk in chunks] if knows_tokens else 0
+        if chunks:
+            numbers[TOKEN, :num_rows] = token_ids_of(chunks, fresh)
         numbers[POSITION, :num_rows] = [chunk.start for chunk in chunks]
         numbers[:2, num_rows:] = 0
         positions = numbers[POSITION]

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from twostroke_engine.runner.inputs import InputBuilder
-from twostroke_engine.runner.upload import uploader
+from twostroke_engine.runner.inputs import FreshTokens, InputBuilder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,30 +17,28 @@ if TYPE_CHECKING:
     from twostroke_engine.runner.inputs import Chunk
     from twostroke_engine.transfer.end import KVSink
 
+__all__ = ["EagerForward", "ForwardPath", "FreshTokens"]
+
 
 class ForwardPath(Protocol):
     """One way to run the model."""
 
-    lookahead: int
-    """Steps that may be launched before the tokens of the one before are known."""
+    overlaps: bool
+    """A step's launch returns before the device has computed it."""
 
-    def logits(self, chunks: Sequence[Chunk], rows: Sequence[int], sink: KVSink) -> Tensor | None:
+    def logits(
+        self, chunks: Sequence[Chunk], rows: Sequence[int], sink: KVSink, fresh: FreshTokens | None = None
+    ) -> Tensor | None:
         """Computes a step and writes its KV.
 
         Args:
-            chunks: at least one token each; those of one token come first.
+            chunks: at least one token each; decoding ones come first.
             rows: of the step's tokens, those whose logits are wanted.
             sink: hears of each layer.
+            fresh: token ids that the chunks' sequences do not hold yet.
 
         Returns:
             float32 [rows, V], good until the next step; None if no rows are wanted.
-        """
-        ...
-
-    def ahead(self, chunks: Sequence[Chunk], token_ids: Tensor) -> Tensor | None:
-        """Launches a decode step whose tokens only the device knows, float32 logits [chunks, V]; None if it is no gain.
-
-        The host does not wait, so this pays only where launching a step takes less time than the step.
         """
         ...
 
@@ -49,20 +46,16 @@ class ForwardPath(Protocol):
 class EagerForward:
     """Builds new tensors for every step and launches every operation."""
 
-    lookahead = 0
-
     def __init__(self, decoder: Decoder, pool: Tensor) -> None:
+        self.overlaps = pool.device.type == "cuda"
         self._decoder = decoder
         self._inputs = InputBuilder(pool, block_size=pool.shape[3])
-        self._upload = uploader(pool.device)
 
-    def logits(self, chunks: Sequence[Chunk], rows: Sequence[int], sink: KVSink) -> Tensor | None:
+    def logits(
+        self, chunks: Sequence[Chunk], rows: Sequence[int], sink: KVSink, fresh: FreshTokens | None = None
+    ) -> Tensor | None:
         """See `ForwardPath.logits`."""
-        hidden = self._decoder(self._inputs.build(chunks, sink))
+        hidden = self._decoder(self._inputs.build(chunks, sink, fresh))
         if not rows:
             return None
-        return self._decoder.logits(hidden, self._upload(np.array(rows, dtype=np.int64)))
-
-    def ahead(self, chunks: Sequence[Chunk], token_ids: Tensor) -> Tensor | None:
-        """Never: a CPU computes when it is told to."""
-        return None
+        return self._decoder.logits(hidden, self._inputs.upload(np.array(rows, dtype=np.int64)))

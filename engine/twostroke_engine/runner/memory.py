@@ -9,6 +9,7 @@ import torch
 
 from twostroke_engine.model.config import ModelError
 from twostroke_engine.request import SamplingParams
+from twostroke_engine.runner.piecewise import MAX_PIECE_TOKENS
 from twostroke_engine.schedule.plan import NewSequence, Scheduled, StepPlan
 from twostroke_engine.transfer.end import NoSink
 
@@ -38,12 +39,14 @@ class DeviceMemory:
     """Held by torch now: weights, and what its allocator keeps."""
     peak: int
     """The most that torch's tensors took at once, the KV of the profile run left out."""
+    captured: int = 0
+    """What captured steps will hold besides."""
 
     def for_kv(self, fraction: float) -> int:
         """Bytes of KV that keep this process within its fraction of the device, and fit beside other processes."""
         libraries = max(0, self.free_at_start - self.free - self.reserved)
-        budget = int(self.total * fraction) - libraries - self.peak
-        room = self.free - max(0, self.peak - self.reserved)
+        budget = int(self.total * fraction) - libraries - self.peak - self.captured
+        room = self.free - max(0, self.peak - self.reserved) - self.captured
         return min(budget, room)
 
 
@@ -81,6 +84,7 @@ def measured_num_blocks(
     pool = make_pool(num_profile_blocks(plans))
     device = pool.device
     torch.cuda.reset_peak_memory_stats(device)
+    weights = torch.cuda.memory_allocated(device) - pool.nbytes
     try:
         runner = make_runner(pool)
         for plan in plans:
@@ -91,10 +95,11 @@ def measured_num_blocks(
             f"into the memory of {config.device}"
         ) from error
     peak = torch.cuda.max_memory_allocated(device) - pool.nbytes
+    captured = captured_bytes(peak - weights, plans[0].num_tokens) if runner.backend.captures_graphs else 0
     del runner, pool
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    memory = DeviceMemory(total, free_at_start, free, torch.cuda.memory_reserved(device), peak)
+    memory = DeviceMemory(total, free_at_start, free, torch.cuda.memory_reserved(device), peak, captured)
     num_blocks = memory.for_kv(config.gpu_memory_fraction) // spec.block_bytes
     if num_blocks < 2:
         raise ModelError(
@@ -102,6 +107,11 @@ def measured_num_blocks(
             f"and activations ({peak} bytes; {free} bytes are free)"
         )
     return num_blocks
+
+
+def captured_bytes(activations: int, num_tokens: int) -> int:
+    """What captured pieces hold, where a step of so many tokens takes `activations`: theirs are never given back."""
+    return activations * min(MAX_PIECE_TOKENS, num_tokens) // num_tokens
 
 
 def profile_plans(config: EngineConfig, block_size: int, max_model_len: int) -> tuple[StepPlan, StepPlan]:

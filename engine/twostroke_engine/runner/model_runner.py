@@ -20,13 +20,14 @@ from twostroke_engine.model.layers import rotary_table
 from twostroke_engine.quant.dense import Dense
 from twostroke_engine.runner.cuda_graphs import graph_forward
 from twostroke_engine.runner.decode_rows import MAX_GRAPH_BATCH
-from twostroke_engine.runner.flight import NOTHING, Flight, following_step
-from twostroke_engine.runner.forward import EagerForward
+from twostroke_engine.runner.flight import NOTHING, Flight
+from twostroke_engine.runner.forward import EagerForward, FreshTokens
 from twostroke_engine.runner.inputs import chunks_in_order
 from twostroke_engine.runner.memory import measured_num_blocks, told_num_blocks
 from twostroke_engine.runner.parallel import OneRank
 from twostroke_engine.runner.sequence import RunnerSequence
 from twostroke_engine.runner.upload import uploader
+from twostroke_engine.runner.warm_up import warm_up
 from twostroke_engine.sample.logits import adjustments_for
 from twostroke_engine.sample.sampler import Sampler, SampleRow
 from twostroke_engine.schedule.plan import Sampled, StepOutput
@@ -35,7 +36,7 @@ from twostroke_engine.weights.fingerprint import model_fingerprint
 from twostroke_engine.weights.random_weights import RandomWeights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
     from twostroke_kernels.backend import Backend
@@ -55,7 +56,14 @@ DEVICE_TYPES = ("cpu", "cuda")
 class ModelRunner:
     """One rank's model, KV pool and copies of the sequences it was told of."""
 
-    def __init__(self, forward: ForwardPath, backend: Backend, kv_pool: Tensor, model: ModelConfig) -> None:
+    def __init__(
+        self,
+        forward: ForwardPath,
+        backend: Backend,
+        kv_pool: Tensor,
+        model: ModelConfig,
+        batch_invariant: bool = False,
+    ) -> None:
         self.backend = backend
         self.kv_pool = kv_pool
         self.forward = forward
@@ -64,16 +72,18 @@ class ModelRunner:
         self._upload = uploader(backend.device)
         self._sampler = Sampler(backend, model.vocab_size)
         self._sequences: dict[int, RunnerSequence] = {}
-        self._ahead = NOTHING
-        self.lookahead = forward.lookahead
-        """Tokens beyond the newest that a decoding sequence should have blocks for, if there are any to spare."""
+        self._newest = NOTHING
+        self._by_position = batch_invariant
+        self.overlaps = forward.overlaps
+        """Launching a step returns before the device is done."""
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan, sink: KVSink) -> StepOutput:
-        """Runs one step.
+    def launch(self, plan: StepPlan, sink: KVSink) -> Callable[[], StepOutput]:
+        """Starts one step; the call that comes back waits for its end. Steps land in the order of their launches.
 
         Args:
-            plan: what to compute; its order of work is written there.
+            plan: what to compute; its order of work is written there. A token that the step before chooses, and that
+                the host does not know yet, is taken from the device.
             sink: hears of each layer, in order, as soon as the layer's KV of this step is in the pool.
         """
         for sequence_id in plan.finished:
@@ -84,36 +94,40 @@ class ModelRunner:
         for entry in plan.scheduled:
             if entry.new_block_ids:
                 self._sequences[entry.sequence_id].blocks.extend(entry.new_block_ids)
-        ahead, rest = self._ahead.split(plan.scheduled, self._sequences)
-        launched = self._launch(rest, sink) if rest else NOTHING
-        # What waits for tokens of two launches at once is left to the next step.
-        self._ahead = NOTHING if rest and ahead.entries else self._run_ahead(launched if rest else ahead)
-        sampled = {entry.sequence_id: entry for flight in (ahead, launched) for entry in self._land(flight)}
-        return StepOutput(
-            step=plan.step,
-            sampled=tuple(sampled[entry.sequence_id] for entry in plan.scheduled if entry.sequence_id in sampled),
-        )
+        flight = self._newest = self._compute(plan.scheduled, sink)
+        return lambda: StepOutput(step=plan.step, sampled=tuple(self._land(flight)))
 
-    def _launch(self, scheduled: Sequence[Scheduled], sink: KVSink) -> Flight:
-        chunks, last_rows = chunks_in_order(scheduled, self._sequences)
-        self._clear_begun(chunks)
+    def execute(self, plan: StepPlan, sink: KVSink) -> StepOutput:
+        """Runs one step to its end."""
+        return self.launch(plan, sink)()
+
+    def _compute(self, scheduled: Sequence[Scheduled], sink: KVSink) -> Flight:
+        if not scheduled:
+            return NOTHING
+        chunks, last_rows = chunks_in_order(scheduled, self._sequences, self._by_position)
+        if self.backend.reads_unwritten:
+            self._clear_begun(chunks)
         ends = [(entry, row) for entry, row in zip(scheduled, last_rows, strict=True) if entry.choices]
-        logits = self.forward.logits(chunks, [row for _, row in ends], sink)
+        logits = self.forward.logits(chunks, [row for _, row in ends], sink, self._fresh_tokens(chunks))
         return NOTHING if logits is None else self._choose(logits, [entry for entry, _ in ends])
 
-    def _run_ahead(self, flight: Flight) -> Flight:
-        """Launches the step after one that only decodes, as if all of its sequences went on.
-
-        Those that do not are left out when the next plan says so. What was computed for them lies behind their last
-        token, in blocks that were theirs when it was launched: whoever gets those next writes after it.
-        """
-        following = following_step(flight, self._sequences, self._block_size) if self.lookahead else ()
-        if not following:
-            return NOTHING
-        chunks, _ = chunks_in_order(following, self._sequences)
-        self._clear_begun(chunks)
-        logits = self.forward.ahead(chunks, flight.own_token_ids(self._upload))
-        return NOTHING if logits is None else self._choose(logits, following)
+    def _fresh_tokens(self, chunks: Sequence[Chunk]) -> FreshTokens | None:
+        """The tokens of chunks that end with one that only the device knows."""
+        ends = accumulate(chunk.count for chunk in chunks)
+        fresh = [
+            (end - 1, chunk.sequence)
+            for chunk, end in zip(chunks, ends, strict=True)
+            if chunk.end > len(chunk.sequence.tokens)
+        ]
+        if not fresh:
+            return None
+        assert self._newest.choosing is not None, "no step chooses what this one begins with"
+        own_rows = self._newest.own_rows()
+        sources = np.array([own_rows[sequence] for _, sequence in fresh], dtype=np.int64)
+        token_ids = self._newest.choosing.token_ids
+        if not np.array_equal(sources, np.arange(len(token_ids))):
+            token_ids = token_ids[self._upload(sources)]
+        return FreshTokens(np.array([row for row, _ in fresh], dtype=np.int64), token_ids)
 
     def _learn(self, new: NewSequence) -> RunnerSequence:
         adjustments = adjustments_for(
@@ -146,13 +160,15 @@ class ModelRunner:
     def _land(self, flight: Flight) -> Iterator[Sampled]:
         """Waits for a flight's tokens."""
         chosen = flight.choosing.result() if flight.choosing else []
-        for entry, first in zip(flight.entries, flight.rows, strict=True):
+        for entry, sequence, first in zip(flight.entries, flight.sequences, flight.rows, strict=True):
             tokens = chosen[first : first + len(entry.choices)]
             finite = all(token.finite for token in tokens)
             sampled = Sampled(
                 sequence_id=entry.sequence_id, tokens=tuple(token.token for token in tokens), finite=finite
             )
-            self._append_own(entry, sampled)
+            # The sequence goes on with its own choice; the others arrive as new sequences.
+            if finite and sequence.choice in entry.choices:
+                sequence.append_token(tokens[entry.choices.index(sequence.choice)].token.id)
             yield sampled
 
     def _sample_row(self, entry: Scheduled, choice: int) -> SampleRow:
@@ -165,12 +181,6 @@ class ModelRunner:
             num_generated=position - sequence.num_prompt_tokens,
             adjustments=sequence.adjustments,
         )
-
-    def _append_own(self, entry: Scheduled, sampled: Sampled) -> None:
-        """The sequence goes on with its own choice; the others arrive as new sequences."""
-        sequence = self._sequences[entry.sequence_id]
-        if sampled.finite and sequence.choice in entry.choices:
-            sequence.append_token(sampled.tokens[entry.choices.index(sequence.choice)].id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +212,7 @@ def build_runner(config: EngineConfig) -> LoadedModel:
     limit = config.max_model_len if config.max_model_len is not None else model.max_positions
     max_model_len = min(model.max_positions, limit, *(() if num_blocks is None else (num_blocks * config.block_size,)))
     torch.set_num_threads(config.num_threads)
-    backend = choose_backend(device)
+    backend = choose_backend(device, config.batch_invariant)
     decoder = _load_decoder(config, model, weights, backend, max_model_len)
     build = RunnerBuild(config, model, spec, decoder, backend)
     if num_blocks is None:
@@ -244,7 +254,7 @@ class RunnerBuild:
 
     def eager_runner(self, pool: Tensor) -> ModelRunner:
         """A runner without graphs."""
-        return ModelRunner(EagerForward(self.decoder, pool), self.backend, pool, self.model)
+        return self._runner(EagerForward(self.decoder, pool), pool)
 
     def runner(self, num_blocks: int, max_model_len: int) -> ModelRunner:
         """The runner that serves; with graphs where the backend can be captured."""
@@ -255,13 +265,17 @@ class RunnerBuild:
         max_rows = min(self.config.max_running, self.config.max_step_tokens, MAX_GRAPH_BATCH)
         try:
             logits = torch.empty(max_rows, self.model.vocab_size, dtype=torch.float32, device=pool.device)
-            forward = graph_forward(self.decoder, pool, max_model_len, logits)
+            forward = graph_forward(self.decoder, pool, max_model_len, self.config.max_step_tokens, logits)
+            warm_up(self.backend, pool[:num_blocks], self.model, max_rows, max_model_len)
         except torch.OutOfMemoryError as error:
             raise ModelError(
                 f"the KV cache leaves no room for graphs of {max_rows} sequences: lower gpu_memory_fraction "
                 f"({self.config.gpu_memory_fraction}), num_blocks or kv_cache_bytes"
             ) from error
-        return ModelRunner(forward, self.backend, pool[:num_blocks], self.model)
+        return self._runner(forward, pool[:num_blocks])
+
+    def _runner(self, forward: ForwardPath, pool: Tensor) -> ModelRunner:
+        return ModelRunner(forward, self.backend, pool, self.model, self.config.batch_invariant)
 
 
 def _load_decoder(

@@ -29,7 +29,7 @@ class LogitAdjustments:
         self, params: SamplingParams, token_ids: Sequence[int], num_prompt_tokens: int, end_ids: Sequence[int]
     ) -> None:
         self._params = params
-        self._penalizes = _penalizes(params)
+        self._penalizes = params.penalizes
         bias = dict(params.logit_bias)
         fixed = list(dict.fromkeys((*bias, *end_ids)))
         self._cells = {token: cell for cell, token in enumerate(fixed)}
@@ -97,7 +97,7 @@ def adjustments_for(
 
     Ids outside the vocabulary are dropped: what cannot be sampled needs neither bias nor mask.
     """
-    if not (_penalizes(params) or params.logit_bias or params.min_tokens):
+    if not (params.penalizes or params.logit_bias or params.min_tokens):
         return None
     # What does not end the sequence is not masked: with ignore_eos an end token is a token like others.
     ends = (*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)) if params.min_tokens else ()
@@ -120,10 +120,6 @@ def gather_penalties(rows: Sequence[tuple[int, LogitAdjustments, int]], upload: 
         repetition=upload(np.concatenate([entry[1].repetition() for entry in active])),
         subtract=upload(np.concatenate([entry[1].subtract(entry[2]) for entry in active])),
     )
-
-
-def _penalizes(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 
 def _with_bias_inside(params: SamplingParams, vocab_size: int) -> SamplingParams:

@@ -11,8 +11,9 @@ from twostroke_engine.sequence import Sequence
 class PlanDraft:
     """Collects what a step computes, within a token budget."""
 
-    def __init__(self, step: int, max_tokens: int, known: set[int]) -> None:
+    def __init__(self, step: int, max_tokens: int, known: set[int], batch_invariant: bool = False) -> None:
         self._step = step
+        self._batch_invariant = batch_invariant
         self._known = known
         self._scheduled: list[Scheduled] = []
         self._new: list[NewSequence] = []
@@ -25,7 +26,7 @@ class PlanDraft:
 
     def add(self, sequence: Sequence, new_block_ids: Items[int] = ()) -> None:
         """Computes as much of a sequence as the budget allows; tells the runner all of it if it is new there."""
-        count = min(sequence.num_remaining, self.num_tokens_left)
+        count = min(self._num_wanted(sequence), self.num_tokens_left)
         if not count:
             return
         self.num_tokens_left -= count
@@ -52,6 +53,12 @@ class PlanDraft:
             finished=tuple(finished),
             copies=tuple(copies),
         )
+
+    def _num_wanted(self, sequence: Sequence) -> int:
+        """Tokens that one step may compute; in batch-invariant mode what is left of the prompt, or one generated."""
+        if not self._batch_invariant:
+            return sequence.num_remaining
+        return min(sequence.num_remaining, max(1, sequence.num_prompt_tokens - sequence.num_computed))
 
     def _introduce(self, sequence: Sequence) -> None:
         self._known.add(sequence.sequence_id)

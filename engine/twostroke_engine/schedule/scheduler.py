@@ -11,6 +11,12 @@ A sequence gets the blocks of all its known tokens when it starts, so only decod
 least important sequence that holds any is preempted: its blocks go back to the cache and it waits to be recomputed.
 Sequences being handed over never grow and are never preempted.
 
+A plan may be made while the plan before it is still computed: `launched` moves the counts on, `landed` says that the
+results are known. What cannot go on before it knows its token is left out of the plan (`Sequence.holds_for_token`).
+
+In batch-invariant mode a token is always computed by the same kind of step: prompt tokens in chunks, generated ones one
+a step, also when they are computed again; and only blocks of prompts are cached.
+
 Pure Python: no torch, no clock (time is an argument), no randomness.
 """
 
@@ -31,12 +37,12 @@ class Scheduler:
     """Continuous batching with chunked prefill, prefix reuse and preemption by recomputation."""
 
     def __init__(
-        self, pool: BlockPool, block_size: int, max_step_tokens: int, max_running: int, lookahead: int = 0
+        self, pool: BlockPool, block_size: int, max_step_tokens: int, max_running: int, batch_invariant: bool = False
     ) -> None:
         self._pool = pool
         self._block_size = block_size
         self._max_step_tokens = max_step_tokens
-        self._lookahead = lookahead
+        self._batch_invariant = batch_invariant
         # With a token for each, no running sequence ever waits for the budget.
         self._max_running = min(max_running, max_step_tokens)
         self._headroom = Headroom(pool)
@@ -74,6 +80,9 @@ class Scheduler:
         child.arrival, child.arrived_s = parent.arrival, parent.arrived_s
         child.started_s = parent.started_s
         self._sequences[child.sequence_id] = child
+        if not parent.block_ids:  # it was preempted before its token landed
+            self._waiting.add(child)
+            return
         try:
             own_block = self._pool.allocate(1 if parent.num_computed % self._block_size else 0)
         except OutOfBlocks:
@@ -105,10 +114,10 @@ class Scheduler:
 
     def plan(self, step: int, now_s: float) -> StepPlan:
         """What to compute next; a plan with nothing scheduled need not be executed."""
-        draft = PlanDraft(step, self._max_step_tokens, self._known)
+        draft = PlanDraft(step, self._max_step_tokens, self._known, self._batch_invariant)
         self._headroom.begin_plan()
         self._seat_holders(now_s)
-        batch = sorted(self._running, key=rank)
+        batch = sorted((entry for entry in self._running if not entry.holds_for_token), key=rank)
         for sequence in (entry for entry in batch if entry.num_remaining == 1):
             self._add_grown(draft, sequence)
         for sequence in (entry for entry in batch if entry.num_remaining > 1 and entry.is_running):
@@ -119,12 +128,16 @@ class Scheduler:
         finished, self._forgotten = self._forgotten, []
         return draft.finish(finished, self._take_copies())
 
-    def commit(self, plan: StepPlan) -> None:
-        """The plan was executed: counts move on, and full blocks can be hit."""
+    def launched(self, plan: StepPlan) -> None:
+        """The plan is being executed: counts move on, and the next plan can be made."""
+        for entry in plan.scheduled:
+            self._sequences[entry.sequence_id].launch(entry.count, samples=bool(entry.choices))
+
+    def landed(self, plan: StepPlan) -> None:
+        """The plan was executed: full blocks can be hit."""
         for entry in plan.scheduled:
             sequence = self._sequences.get(entry.sequence_id)
             if sequence is not None:
-                sequence.advance(entry.count)
                 self._publish(sequence)
 
     def chunks_of_hand_off(self, plan: StepPlan) -> list[ChunkOfHandOff]:
@@ -185,15 +198,14 @@ class Scheduler:
         while sequence.is_running and missing > self._pool.num_available:
             self._preempt(self._victim())
         if sequence.is_running:
-            wanted = sequence.num_blocks(sequence.num_tokens + self._lookahead) - len(sequence.block_ids)
-            missing = max(missing, 0 if wanted > self._pool.num_available else wanted)
             grown = self._pool.allocate(missing) if missing else ()
             sequence.block_ids.extend(grown)
             draft.add(sequence, grown)
 
     def _admit(self, draft: PlanDraft, now_s: float) -> None:
         while draft.num_tokens_left and len(self._running) < self._max_running and (head := self._waiting.head):
-            if not self._furnish(head):
+            # One that was preempted after its step was launched must know its token first.
+            if head.num_awaited or not self._furnish(head):
                 return
             self._seat(head, now_s)
             draft.add(head)
@@ -202,7 +214,7 @@ class Scheduler:
         """Gives a sequence cached blocks for what is cached and fresh ones for the rest; False if there are too few."""
         if sequence.block_ids:
             return self._complete(sequence)
-        most_hits = (sequence.num_tokens - 1) // self._block_size
+        most_hits = self._num_cacheable(sequence, sequence.num_tokens - 1) // self._block_size
         hits = self._pool.match(sequence.hashes.upto(most_hits, sequence.token_ids))
         missing = sequence.num_blocks(sequence.num_tokens) - len(hits)
         cost = missing + self._pool.num_unreferenced(hits)
@@ -255,8 +267,12 @@ class Scheduler:
         self.preemptions += 1
         self._waiting.add(sequence)
 
+    def _num_cacheable(self, sequence: Sequence, num_tokens: int) -> int:
+        """How many of a sequence's first tokens may come out of the cache, or go there."""
+        return min(num_tokens, sequence.num_prompt_tokens) if self._batch_invariant else num_tokens
+
     def _publish(self, sequence: Sequence) -> None:
-        full = sequence.num_computed // self._block_size
+        full = self._num_cacheable(sequence, sequence.num_known_computed) // self._block_size
         for block in range(sequence.num_published, full):
             self._pool.publish(sequence.block_ids[block], sequence.hashes.at(block, sequence.token_ids))
         sequence.num_published = max(sequence.num_published, full)

@@ -9,6 +9,8 @@ two tiles of 64 keys. Every score of a row is float32, as in the plain kernel.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,9 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from twostroke_kernels.backend import PagedBatch
+from twostroke_kernels.gpu.held_launch import HeldKernels, Place, row_boxes
 from twostroke_kernels.gpu.hopper_softmax import as_operand, hide_later, soften
 
 _LOG2_E = 1 / math.log(2)
@@ -33,49 +35,75 @@ _LONG = 4096
 _GLUON_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
+@dataclass(frozen=True, slots=True)
+class HopperConfig:
+    """A step of the kernel: one or two tiles of keys, and how many steps are fetched ahead."""
+
+    tiles: int
+    stages: int
+
+
+SHORT = HopperConfig(tiles=1, stages=4)
+LONG = HopperConfig(tiles=2, stages=3)
+
+
 def suits_hopper(q: Tensor, kv_layer: Tensor) -> bool:
     """Whether this kernel is written for such queries, such a layer and the card."""
     block_size, head_size = kv_layer.shape[2], kv_layer.shape[4]
-    if kv_layer.device.type != "cuda" or torch.version.hip is not None or kv_layer.dtype not in _GLUON_TYPES:
+    if kv_layer.dtype not in _GLUON_TYPES or not _is_hopper(kv_layer.device):
         return False
     aligned = (q.data_ptr() | kv_layer.data_ptr() | q.stride(0) * q.element_size()) % 16 == 0
-    shaped = head_size in (64, 128) and block_size % _TILE == 0
-    return aligned and shaped and torch.cuda.get_device_capability(kv_layer.device) == (9, 0)
+    return aligned and head_size in (64, 128) and block_size % _TILE == 0
 
 
-def hopper_prefill_attention(q: Tensor, kv_layer: Tensor, batch: PagedBatch, scale: float) -> Tensor:
-    """See `Backend.prefill_attention`; `q` [T, H, D] has its heads side by side."""
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@cache
+def _box_layout(head_size: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([_TILE, head_size], _GLUON_TYPES[dtype])
+
+
+def hopper_prefill_attention(
+    q: Tensor, kv_layer: Tensor, batch: PagedBatch, scale: float, out: Tensor, config: HopperConfig | None = None
+) -> None:
+    """See `Backend.prefill_attention`; `q` and `out` [T, H, D] have their heads side by side, `out` its rows too."""
+    config = config or (LONG if batch.max_context_len >= _LONG else SHORT)
     num_tokens, num_heads, head_size = q.shape
     num_blocks, _, block_size, num_kv_heads, _ = kv_layer.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     row = num_kv_heads * head_size
     block_rows = kv_layer.stride(0) // row
-    box = [_TILE, head_size]
-    layout = gl.NVMMASharedLayout.get_default_for(box, _GLUON_TYPES[q.dtype])
-    q_rows = TensorDescriptor(q, [num_tokens, num_heads * head_size], [q.stride(0), 1], box, layout)
+    box, layout = (_TILE, head_size), _box_layout(head_size, q.dtype)
     num_rows = (num_blocks - 1) * block_rows + 2 * block_size
-    kv_rows = TensorDescriptor(kv_layer, [num_rows, row], [row, 1], box, layout)
-    tiles, stages = (2, 3) if batch.max_context_len >= _LONG else (1, 4)
-    attend[(num_heads, num_tokens // _QUERIES + batch.num_sequences)](
-        q_rows,
-        kv_rows,
-        batch.block_tables,
-        batch.query_starts,
-        batch.context_lens,
-        out,
-        batch.block_tables.stride(0),
-        batch.num_sequences,
-        block_rows,
-        scale * _LOG2_E,
-        H=num_heads,
-        GROUP=num_heads // num_kv_heads,
-        D=head_size,
-        BLOCK=block_size,
-        TILES=tiles,
-        STAGES=stages,
+    _KERNELS.launch(
+        (q.device, q.dtype, num_heads, row, head_size, block_size, block_rows, config, out.data_ptr() % 16),
+        (num_heads, num_tokens // _QUERIES + batch.num_sequences),
+        (
+            row_boxes(Place.of(q), num_tokens, num_heads * head_size, q.stride(0), box, layout),
+            row_boxes(Place.of(kv_layer), num_rows, row, row, box, layout),
+            batch.block_tables,
+            batch.query_starts,
+            batch.context_lens,
+            out,
+            batch.block_tables.stride(0),
+            batch.num_sequences,
+            block_rows,
+            scale * _LOG2_E,
+        ),
+        {
+            "H": num_heads,
+            "GROUP": num_heads // num_kv_heads,
+            "D": head_size,
+            "BLOCK": block_size,
+            "TILES": config.tiles,
+            "STAGES": config.stages,
+        },
         num_warps=4,
     )
-    return out
 
 
 @gluon.jit
@@ -367,3 +395,6 @@ def attend(
         [4, 1],
         [240, 24],
     )
+
+
+_KERNELS = HeldKernels(attend)

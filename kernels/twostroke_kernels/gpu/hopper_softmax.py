@@ -32,7 +32,9 @@ def soften(scores: gl.tuple, best: gl.tensor, total: gl.tensor, scale: gl.tensor
     if TILES == 2:
         new_best = gl.maximum(new_best, gl.max(scores[1], 1))
     shift = new_best * scale
-    shrink = gl.exp2(best * scale - shift)
+    # Exactly 1 where no key was better, hidden ones included: with `best * scale - shift`, a fused multiply-add, a row
+    # would depend on how many hidden keys its tile walks over.
+    shrink = gl.exp2((best - new_best) * scale)
     first = gl.exp2(scores[0] * scale - gl.expand_dims(shift, 1))
     total = total * shrink + gl.sum(first, 1)
     second = first

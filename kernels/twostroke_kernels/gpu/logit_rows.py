@@ -9,17 +9,19 @@ LARGEST = tl.constexpr(3.4028234e38)
 """Of float32."""
 NO_ID = tl.constexpr(2147483647)
 """Larger than any token's id."""
+LOWEST_KEY = tl.constexpr(-(1 << 63))
+"""Of `order_key`; no token has it."""
 
 
 @triton.jit
-def noise(start, seed, choice, position, COUNT: tl.constexpr):
-    """[COUNT] Gumbel noise of the tokens from `start` (a multiple of 4) on; see `Backend.sample`."""
-    quads = (start // 4 + tl.arange(0, COUNT // 4)).to(tl.uint32)
+def with_noise(x, quads, seed, choice, position):
+    """Logits plus the Gumbel noise of their tokens, four in each of `quads` (id // 4); see `Backend.sample`."""
+    quads = quads.to(tl.uint32)
     zero = quads * 0
     a, b, c, d = tl.philox(seed, quads, zero + position.to(tl.uint32), zero + choice.to(tl.uint32), zero)
-    words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [COUNT])
+    words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), x.shape)
     u = ((words >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07
-    return -tl.log(-tl.log(u))
+    return x - tl.log(-tl.log(u))
 
 
 @triton.jit
@@ -54,3 +56,17 @@ def one_logit(row, token, heat):
     """As `scaled_logits` has it."""
     x = tl.div_rn(tl.load(row + token), heat)
     return tl.where(x == x, tl.minimum(x, LARGEST), -float("inf"))
+
+
+@triton.jit
+def order_key(x, ids):
+    """int64 that orders tokens by (logit ascending, id descending): the float's bits above, the id's below."""
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)  # the two zeros are equal
+    ordered = tl.where(bits < 0, bits ^ NO_ID, bits).to(tl.int64)
+    return (ordered << 32) + (NO_ID - ids)
+
+
+@triton.jit
+def id_of_key(key):
+    """The id in an `order_key`."""
+    return NO_ID - (key & NO_ID).to(tl.int32)

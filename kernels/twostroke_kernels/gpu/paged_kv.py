@@ -58,7 +58,9 @@ def fold(
     new_best = tl.maximum(best, tl.max(scores, 1))
     shift = new_best * scale
     weights = tl.math.exp2(scores * scale - shift[:, None])
-    shrink = tl.math.exp2(best * scale - shift)
+    # Exactly 1 where no key was better, hidden ones included: with `best * scale - shift`, a fused multiply-add, a row
+    # would depend on how many hidden keys its tile walks over.
+    shrink = tl.math.exp2((best - new_best) * scale)
     total = total * shrink + tl.sum(weights, 1)
     acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
     return new_best, total, acc

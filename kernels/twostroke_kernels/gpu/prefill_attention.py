@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from twostroke_kernels.backend import PagedBatch
-from twostroke_kernels.gpu.hopper_prefill import hopper_prefill_attention, suits_hopper
+from twostroke_kernels.gpu.hopper_prefill import LONG, HopperConfig, hopper_prefill_attention, suits_hopper
 from twostroke_kernels.gpu.paged_kv import (
     check_layer,
     dense_heads,
@@ -60,22 +60,34 @@ def prefill_config(kv_layer: Tensor, max_query_len: int) -> PrefillConfig:
     return PrefillConfig(128, 64, 8, 2, tma, 128 if tma else None)
 
 
+def fixed_prefill_config(q: Tensor, kv_layer: Tensor) -> PrefillConfig | HopperConfig:
+    """The one for long prompts, whatever their lengths: the batch-invariant mode's."""
+    return LONG if suits_hopper(q, kv_layer) else prefill_config(kv_layer, _LONG)
+
+
 def prefill_attention(
-    q: Tensor, kv_layer: Tensor, batch: PagedBatch, scale: float, config: PrefillConfig | None = None
+    q: Tensor,
+    kv_layer: Tensor,
+    batch: PagedBatch,
+    scale: float,
+    config: PrefillConfig | HopperConfig | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See `Backend.prefill_attention`. Without a `config`, Hopper's own kernel where it suits, else the plain one."""
     check_layer(q, kv_layer)
     q = dense_heads(q)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     if q.shape[0] == 0:
-        return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if config is None and suits_hopper(q, kv_layer):
-        return hopper_prefill_attention(q, kv_layer, batch, scale)
-    return _plain(q, kv_layer, batch, scale, config or prefill_config(kv_layer, batch.max_query_len))
+        return out
+    if isinstance(config, HopperConfig) or (config is None and suits_hopper(q, kv_layer)):
+        hopper_prefill_attention(q, kv_layer, batch, scale, out, config)
+    else:
+        _plain(q, kv_layer, batch, scale, config or prefill_config(kv_layer, batch.max_query_len), out)
+    return out
 
 
-def _plain(q: Tensor, kv_layer: Tensor, batch: PagedBatch, scale: float, config: PrefillConfig) -> Tensor:
+def _plain(q: Tensor, kv_layer: Tensor, batch: PagedBatch, scale: float, config: PrefillConfig, out: Tensor) -> None:
     num_tokens, num_heads, head_size = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _, _, block_size, num_kv_heads, _ = kv_layer.shape
     # A sequence has at most one tile more than its share of the whole.
     max_tiles = num_tokens // config.queries + batch.num_sequences
@@ -104,7 +116,6 @@ def _plain(q: Tensor, kv_layer: Tensor, batch: PagedBatch, scale: float, config:
         num_warps=config.num_warps,
         **extra,
     )
-    return out
 
 
 @triton.jit

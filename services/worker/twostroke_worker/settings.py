@@ -46,6 +46,9 @@ class WorkerSettings(ServiceSettings):
     max_running: int | None = Field(
         None, ge=1, description="most sequences in a batch (default: 64 on a CPU, 256 on a GPU)"
     )
+    batch_invariant: bool = Field(
+        False, description="a request's tokens do not depend on other requests, nor on how its prompt was cut; slower"
+    )
     threads: int = Field(1, ge=1, description="CPU threads of the engine")
     transfer_layers: int = Field(1, ge=1, description="layers sent in one segment of a KV transfer")
     transfer_timeout_s: float = Field(
@@ -80,6 +83,7 @@ class WorkerSettings(ServiceSettings):
             max_model_len=self.max_model_len,
             max_step_tokens=self.max_step_tokens or _STEP_TOKENS[self.device],
             max_running=self.max_running or _RUNNING[self.device],
+            batch_invariant=self.batch_invariant,
             num_threads=self.threads,
             worker_id=self.id,
             worker_epoch=epoch,

@@ -1,0 +1,64 @@
+"""The benchmark of served requests: a real cluster, whole streams, and figures that follow from their times."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from benchmarks.load_client import Stream, Target, run_streams
+from benchmarks.model_folder import write_model_folder
+from benchmarks.serve import gaps_s, main, output_rate, percentile
+from benchmarks.servers import ServerOptions, our_server, running
+from benchmarks.workload import TINY
+
+pytestmark = pytest.mark.e2e
+
+
+def test_a_tiny_load_leaves_its_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = tmp_path / "serve.jsonl"
+    assert main(["--tiny", "--clients", "2", "--results", str(results)]) == 0
+    lines = {line["case"]: line for line in map(json.loads, results.read_text().splitlines())}
+    assert set(lines) >= {"serve/throughput/6x20+8"}
+    assert set(lines) <= {"serve/throughput/6x20+8", "serve/itl_p50/2x20+128", "serve/itl_p99/2x20+128"}
+    assert all(line["value"] > 0 and line["engine"] == "twostroke" for line in lines.values())
+    assert "output tokens/s" in capsys.readouterr().out
+
+
+def test_streams_carry_every_token_and_a_refusal_is_an_error(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path / "model", TINY)
+    with running(our_server(ServerOptions(folder, "cpu", tmp_path, max_model_len=256)), 90) as target:
+        streams = run_streams(target, [[1, 2, 3], [4, 5], [6] * 30], 12, processes=2)
+        assert [stream.num_tokens for stream in streams] == [12] * 3
+        assert all(1 <= len(stream.events_s) <= 12 for stream in streams)
+        assert all(stream.sent_s < stream.events_s[0] for stream in streams)
+        with pytest.raises(RuntimeError, match="context length is 256"):
+            run_streams(target, [[1] * 300], 12, processes=1)
+        with pytest.raises(RuntimeError, match="404"):
+            run_streams(Target(target.host, target.port, "nobody"), [[1]], 4, processes=1)
+
+
+def test_a_server_that_ends_is_an_error_with_its_last_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--tiny", "--flags", "--block-size 7", "--results", str(tmp_path / "serve.jsonl")]) == 1
+    assert "block" in capsys.readouterr().err
+
+
+def test_figures_follow_from_times() -> None:
+    early = Stream(sent_s=0.0, events_s=(1.0, 2.0, 3.0, 5.0, 6.0), num_tokens=5)
+    late = Stream(sent_s=0.5, events_s=(2.0, 3.5, 5.5, 8.0), num_tokens=4)
+    assert output_rate([early, late]) == pytest.approx(9 / 8)
+    # From 2.0, when both stream, to 6.0, when the first ends.
+    assert gaps_s([early, late]) == [1.0, 1.0, 1.5, 2.0, 2.0]
+    assert gaps_s([early, Stream(0.0, (7.0, 8.0), 2)]) == []
+    assert percentile(list(range(100)), 0.99) == 99
+    assert percentile([1.0], 0.5) == 1.0
+
+
+def test_every_id_of_the_model_has_text(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path, TINY)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == TINY["vocab_size"]
+    assert all(tokenizer.decode([number]) for number in range(TINY["vocab_size"]))
+    assert tokenizer.decode([300, 301]) == " w205 w206"
