@@ -46,6 +46,7 @@ def graph_seconds(calls: Sequence[Callable[[], object]], rounds: int = ROUNDS) -
     A graph takes the host out of the figure. Give as many calls, on different data, as keep the caches from serving
     the next replay.
     """
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         for call in calls:

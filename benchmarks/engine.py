@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from twostroke_engine.config import EngineConfig
 from twostroke_engine.engine import Engine
+from twostroke_engine.process import freeze_heap
 from twostroke_engine.request import Request, SamplingParams
 from twostroke_engine.runner.model_runner import build_runner
 
@@ -62,6 +63,7 @@ class EngineBench:
         self._engine = Engine(config, model.spec, model.num_blocks, model.runner, (), time.monotonic)
         self._prompts = Prompts(model.vocab_size)
         self._num_requests = 0
+        freeze_heap()  # as an engine's process does
 
     def seconds(self, work: Work) -> float:
         """See `Bench.seconds`."""

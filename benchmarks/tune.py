@@ -15,10 +15,13 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from io import StringIO
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +46,23 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 REPEATS = 100
 MIN_WEIGHT_BYTES = 400 << 20
 """Of all copies of a weight together: more than the caches hold."""
-THREADS = 16
+PROCESSES = 12
+SHARED_BYTES = 232448
+"""Of a multiprocessor of the largest cards, for one program."""
+SKINNY = (
+    (32, 256, 4, 4, False),
+    (32, 512, 4, 3, False),
+    (64, 128, 4, 5, False),
+    (64, 128, 4, 5, True),
+    (64, 128, 4, 3, True),
+    (64, 128, 8, 3, True),
+    (64, 256, 4, 4, True),
+    (128, 128, 4, 4, True),
+    (128, 128, 8, 3, True),
+    (128, 128, 8, 2, True),
+    (128, 64, 8, 5, True),
+)
+"""Outputs, inputs, warps, stages, and whether the weight is the left factor."""
 
 
 @dataclass(frozen=True)
@@ -89,17 +108,9 @@ def candidates(num_rows: int, role: Role) -> Sequence[LinearConfig]:
         ]
     found = [
         SkinnyConfig(outputs, inputs, warps, stages, left, tma)
-        for outputs, inputs, warps, stages, left in (
-            (32, 256, 4, 4, False),
-            (32, 512, 4, 3, False),
-            (64, 128, 4, 5, False),
-            (64, 128, 4, 5, True),
-            (64, 256, 4, 4, True),
-            (128, 128, 4, 4, True),
-            (128, 128, 8, 3, True),
-        )
+        for outputs, inputs, warps, stages, left in SKINNY
         for tma in (False, True)
-        if not role.gated or outputs < 128  # a gated tile is twice as tall as it says
+        if _staged_bytes(outputs, inputs, stages, num_rows, role.gated) <= SHARED_BYTES
     ]
     narrow = [
         SkinnyConfig(each.outputs, each.inputs, each.num_warps, each.num_stages, True, each.tma, min_rows=8)
@@ -107,6 +118,12 @@ def candidates(num_rows: int, role: Role) -> Sequence[LinearConfig]:
         if each.weight_left and num_rows <= 8
     ]
     return found + narrow
+
+
+def _staged_bytes(outputs: int, inputs: int, stages: int, num_rows: int, gated: bool) -> int:
+    """Half-precision tiles of both factors, of all stages; a gated tile of the weight is twice as tall as it says."""
+    rows = max(16, 1 << (num_rows - 1).bit_length())
+    return 2 * stages * inputs * (rows + outputs * (2 if gated else 1))
 
 
 @dataclass
@@ -117,12 +134,17 @@ class Operands:
     num_rows: int
     device: torch.device
     dtype: torch.dtype
+    is_timed: bool = True
+    """Over several weights, so that none is read from a cache."""
     weights: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         role = self.role
         copies = max(2, -(-MIN_WEIGHT_BYTES // (2 * role.width_out * role.width_in)))
-        self.weights = [self._random(role.width_out, role.width_in) * role.width_in**-0.5 for _ in range(copies)]
+        self.weights = [
+            self._random(role.width_out, role.width_in) * role.width_in**-0.5
+            for _ in range(copies if self.is_timed else 1)
+        ]
         self.x = self._random(self.num_rows, role.width_in)
         self.norm = RowNorm(1 + 0.1 * self._random(role.width_in), EPS)
         self.before = self._random(self.num_rows, role.width_out // 2 if role.gated else role.width_out)
@@ -172,29 +194,41 @@ class Operands:
         return graph_seconds([partial(self.result, backend, weight, out) for weight in self.weights])
 
 
-def compile_all(work: Operands, configs: Sequence[LinearConfig]) -> list[LinearConfig]:
-    """Runs each once, many at a time; those that do not fit the card are left out."""
-
-    def fits(config: LinearConfig) -> bool:
+@torch.inference_mode()
+def those_that_run(work: Operands, configs: Sequence[LinearConfig]) -> list[LinearConfig]:
+    """Runs each once; those that do not fit the card are left out, with the reason."""
+    fit = []
+    for config in configs:
         try:
-            with torch.inference_mode():
-                work.ours(config, work.weights[0])
+            work.ours(config, work.weights[0])
+            torch.cuda.synchronize()
         except Exception as error:  # noqa: BLE001 - Triton, its compiler and the driver raise what they like
             print(f"  {config}: {' '.join(str(error).split())[:120]}", flush=True)
-            return False
-        return True
+        else:
+            fit.append(config)
+    return fit
 
-    with ThreadPoolExecutor(THREADS) as threads:
-        fit = list(threads.map(fits, configs))
-    torch.cuda.synchronize()
-    return [config for config, is_fit in zip(configs, fit, strict=True) if is_fit]
+
+def compile_ahead(arguments: argparse.Namespace, roles: Sequence[Role]) -> None:
+    """Fills Triton's cache from several processes: most of a compilation holds Python's lock."""
+    jobs = [(role, rows, arguments.dtype) for role in roles for rows in sorted(arguments.rows, reverse=True)]
+    with ProcessPoolExecutor(min(PROCESSES, len(jobs)), mp_context=get_context("spawn")) as processes:
+        num_compiled = sum(processes.map(_compile, *zip(*jobs, strict=True)))
+    print(f"{num_compiled} candidates compiled", flush=True)
+
+
+def _compile(role: Role, num_rows: int, dtype: str) -> int:
+    device = torch.device("cuda", torch.cuda.current_device())
+    with redirect_stdout(StringIO()):  # the parent meets the same errors, and says so
+        work = Operands(role, num_rows, device, getattr(torch, DTYPES[dtype]), is_timed=False)
+        return len(those_that_run(work, candidates(num_rows, role)))
 
 
 @torch.inference_mode()
 def best_of(work: Operands) -> dict[str, Any]:
     """The entry of one layer at one number of rows."""
     role = work.role
-    configs = compile_all(work, candidates(work.num_rows, role))
+    configs = those_that_run(work, candidates(work.num_rows, role))
     times = {config: work.seconds(config) for config in (None, *configs)}
     for config in sorted(times, key=lambda each: times[each]):
         if config is None or _is_sound(work, config):
@@ -268,6 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     card = tuned.card_name(device)
     path = arguments.out or tuned.FOLDER / f"{card}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    compile_ahead(arguments, roles)
     for entry in measured(arguments, roles, device):
         # After each, so that a run that is cut off keeps what it has.
         path.write_text(json.dumps(merged(path, [entry], card), indent=1) + "\n", encoding="utf-8")

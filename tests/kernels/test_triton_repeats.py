@@ -33,6 +33,7 @@ from tests.kernels.test_sampling import make_rows
 from tests.support.triton_device import DEVICE, HAS_GPU, assert_repeatable, gpu
 
 from twostroke_kernels.gpu.decode_attention import decode_attention, decode_config  # isort: skip
+from twostroke_kernels.gpu.fixed_gemm import fixed_linear  # isort: skip
 from twostroke_kernels.gpu.prefill_attention import prefill_attention, prefill_config  # isort: skip
 from twostroke_kernels.invariant_triton import InvariantTritonBackend  # isort: skip
 from twostroke_kernels.triton_backend import TritonBackend  # isort: skip
@@ -303,6 +304,8 @@ def everything() -> list[Compute]:
         computes.append(lambda backend=backend, case=contexts: backend.decode_attention(*case, 0.09))
     q, layer, batch = paged(*PROMPTS[0])
     computes.append(lambda: prefill_attention(q, layer, batch, 0.09, prefill_config(layer, 64)))
+    weight = fixed(MODEL.hidden, MODEL.hidden, size=0.02)
+    computes.append(lambda: fixed_linear(fixed(48, MODEL.hidden), weight, None))
     usual = BACKENDS["usual"]
     computes += [sampling(usual, 4, 5), penalties(usual, 4), *blocks(usual, 2).values()]
     return computes
@@ -310,7 +313,7 @@ def everything() -> list[Compute]:
 
 @gpu
 def test_every_kernel_of_the_package_is_among_them() -> None:
-    """The plain prefill kernel too, which Hopper runs only for shapes that its own does not take."""
+    """Those too that Hopper runs only for shapes that its own do not take."""
     computes = everything()
     activities = [torch.profiler.ProfilerActivity.CUDA]
     for compute in computes:  # compiled outside of the profile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,7 @@ def test_roles_and_candidates_cover_the_model() -> None:
         for role in roles.values():
             found = list(tune.candidates(rows, role))
             assert len(set(found)) == len(found) > 1
+            assert [config_of(json.loads(json.dumps(asdict(config)))) for config in found] == found
 
 
 @pytest.mark.parametrize("rows", [1, 3])

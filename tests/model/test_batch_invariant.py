@@ -13,14 +13,17 @@ import pytest
 import torch
 from twostroke_engine.config import EngineConfig
 from twostroke_engine.request import Request
+from twostroke_engine.runner.decode_rows import padded_sizes
+from twostroke_engine.runner.forward import EagerForward
 from twostroke_engine.runner.model_runner import LoadedModel, ModelRunner, build_runner
 
+from tests.model.test_decode_rows import StaticForward
 from tests.support.invariant_runs import Schedule, Streams, Work, draw_requests, run_alone, run_crowd
 
 SMALL = Work(vocab_size=300, most_prompt_tokens=80, most_new_tokens=40)
 CROWD = Schedule(seed=1, arrivals=8, max_step_tokens=512, max_running=64, num_blocks=400)
 SMALL_CHUNKS = Schedule(seed=2, arrivals=3, max_step_tokens=13, max_running=6, num_blocks=400)
-SMALL_POOL = Schedule(seed=3, arrivals=16, max_step_tokens=64, max_running=16, num_blocks=18)
+SMALL_POOL = Schedule(seed=3, arrivals=16, max_step_tokens=64, max_running=16, num_blocks=18, interruptions=0.1)
 
 
 def told(folder: Path, **settings: object) -> EngineConfig:
@@ -68,6 +71,25 @@ def test_two_hundred_requests(tiny_llama: Path) -> None:
     assert_same_in_all(config, build_runner(config), requests, (CROWD, SMALL_CHUNKS, *others), SMALL_POOL)
 
 
+def test_padded_steps_that_are_planned_ahead(tiny_llama: Path) -> None:
+    """What a GPU's runner does, but for the graphs: static buffers, and tokens that only the device knows yet."""
+    config = told(tiny_llama)
+    model = build_runner(config)
+    requests = draw_requests(SMALL, 40, seed=9)
+    alone = run_alone(config, model, requests)
+    runner = model.runner
+    pool = torch.full((model.num_blocks + 1, *runner.kv_pool.shape[1:]), float("nan"), dtype=torch.bfloat16)
+    eager = runner.forward
+    assert isinstance(eager, EagerForward)
+    forward = StaticForward(EagerForward(eager._decoder, pool), pool, padded_sizes(16), model.vocab_size)
+    twin = ModelRunner(forward, runner.backend, pool[: model.num_blocks], runner.model, batch_invariant=True)
+    for schedule in (CROWD, SMALL_POOL):
+        streams, _ = run_crowd(config, dataclasses.replace(model, runner=twin), requests, schedule)
+        assert not differing(streams, alone), schedule
+    assert forward.num_fresh > 40
+    assert forward.num_steps > 40
+
+
 def test_without_the_mode_the_company_shows(tiny_llama: Path) -> None:
     """What the tests above compare does depend on the schedule where nothing is done about it."""
     config = told(tiny_llama, batch_invariant=False)
@@ -102,7 +124,7 @@ GPU_SHAPE = {
     "head_dim": 128,
     "max_position_embeddings": 8192,
 }
-GPU_WORK = Work(8192, most_prompt_tokens=400, most_new_tokens=24, long_prompts=(4090, 4097, 5000, 6001))
+GPU_WORK = Work(8192, most_prompt_tokens=300, most_new_tokens=60, long_prompts=(4090, 4097, 5000, 6001))
 
 
 @pytest.mark.gpu
@@ -121,5 +143,5 @@ def test_two_hundred_requests_on_the_card(head_dim: int, tmp_path: Path) -> None
         Schedule(seed=2, arrivals=9, max_step_tokens=300, max_running=128, num_blocks=1000),
         Schedule(seed=3, arrivals=3, max_step_tokens=1111, max_running=20, num_blocks=1000),
     )
-    small_pool = Schedule(seed=4, arrivals=40, max_step_tokens=500, max_running=64, num_blocks=110)
+    small_pool = Schedule(4, arrivals=60, max_step_tokens=500, max_running=128, num_blocks=110, interruptions=0.3)
     assert_same_in_all(config, build_runner(config), requests, crowds, small_pool)

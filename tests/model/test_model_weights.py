@@ -128,12 +128,13 @@ def test_only_the_slice_is_read(folder: Path) -> None:
 
 
 def test_fingerprint_names_model_and_number_format(folder: Path, tmp_path: Path) -> None:
-    def fingerprint(each: Path, **config: str) -> str:
+    def fingerprint(each: Path, **config: object) -> str:
         return load(each, **config).model_fingerprint
 
     mine = fingerprint(folder)
     assert fingerprint(make_tiny(tmp_path / "again", "llama")) == mine
     assert fingerprint(folder, dtype="bfloat16") != mine
+    assert fingerprint(folder, batch_invariant=True) != mine
     assert fingerprint(make_tiny(tmp_path / "tuned", "llama", seed=1)) != mine
     assert fingerprint(make_tiny(tmp_path / "rope", "llama", rms_norm_eps=1e-5)) != mine
     config = json.loads((folder / "config.json").read_text())

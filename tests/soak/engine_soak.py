@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from twostroke_engine.config import EngineConfig
 from twostroke_engine.engine import Engine
-from twostroke_engine.runner.model_runner import LoadedModel, build_runner
+from twostroke_engine.runner.model_runner import build_runner
 
 from tests.soak.heard import Heard, Outputs, SoakFailure, differing
 from tests.soak.memory import MemoryRecord
@@ -181,7 +181,8 @@ class Soak:
         shape = LARGE if arguments.device == "cuda" else SMALL
         (folder / "config.json").write_text(json.dumps(shape), encoding="utf-8")
         self.config = engine_config(arguments, folder)
-        self.model: LoadedModel = build_runner(self.config)
+        model = build_runner(self.config)
+        self.engine = Engine(self.config, model.spec, model.num_blocks, model.runner, tuple(EOS), time.monotonic)
         self.memory = MemoryRecord(torch.device(arguments.device))
         longest = (2500, 400) if arguments.device == "cuda" else (150, 60)
         self.workload = Workload(arguments.seed, Sizes(shape["vocab_size"], *longest))
@@ -203,11 +204,10 @@ class Soak:
         return failures + self.memory.growths()
 
     def _run(self, name: str) -> Run:
-        config, model = self.config, self.model
-        # One engine for each run; the second finds an empty prefix cache and a pool full of the first one's KV.
-        self.engine = Engine(config, model.spec, model.num_blocks, model.runner, tuple(EOS), time.monotonic)
+        # The second run finds the prompts of the first in the prefix cache, as far as they are still there.
         arrivals = random.Random(f"{self.arguments.seed}/{name}")
-        return Run(self.engine, self.workload, arrivals, self.counts, self.memory, config.max_running * 3 // 2)
+        most_live = self.config.max_running * 3 // 2
+        return Run(self.engine, self.workload, arrivals, self.counts, self.memory, most_live)
 
     def _failures_of_load(self) -> list[str]:
         load = self.engine.load()

@@ -25,12 +25,14 @@ class Schedule:
     """What decides how work is cut and mixed."""
 
     seed: int
-    """Of the order and the times of arrival, and of priorities."""
+    """Of the order and the times of arrival, of priorities and interruptions."""
     arrivals: int
     """Most requests that come between two steps."""
     max_step_tokens: int
     max_running: int
     num_blocks: int
+    interruptions: float = 0.0
+    """Chance that a sequence, whichever it is, loses its blocks between two steps; once for each is enough."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,14 @@ def run_crowd(
     waiting = [msgspec.structs.replace(request, priority=rng.randint(0, 2)) for request in requests]
     rng.shuffle(waiting)
     streams: Streams = {}
-    while waiting:
+    interrupted: set[int] = set()
+    while waiting or engine.has_work:
         for _ in range(min(rng.randint(0, schedule.arrivals), len(waiting))):
             engine.submit(waiting.pop())
+        if rng.random() < schedule.interruptions:
+            _interrupt(engine, rng, interrupted)
         engine.step()
         _listen(engine, streams)
-    _run(engine, streams)
     engine.pool.check()
     assert engine.pool.num_referenced == 0
     return streams, engine.load().preemptions
@@ -111,6 +115,17 @@ def run_crowd(
 
 def _engine(config: EngineConfig, model: LoadedModel, num_blocks: int | None = None) -> Engine:
     return Engine(config, model.spec, num_blocks or model.num_blocks, model.runner, model.eos_token_ids, time.monotonic)
+
+
+def _interrupt(engine: Engine, rng: random.Random, interrupted: set[int]) -> None:
+    """Preempts anyone, as planning does to the least important one when memory runs out."""
+    scheduler = engine._scheduler
+    everyone = (*scheduler._running, *scheduler._waiting)
+    holders = [one for one in everyone if one.block_ids and one.sequence_id not in interrupted]
+    if holders:
+        victim = rng.choice(holders)
+        interrupted.add(victim.sequence_id)
+        scheduler._preempt(victim)
 
 
 def _run(engine: Engine, streams: Streams) -> None:

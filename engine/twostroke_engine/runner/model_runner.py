@@ -225,7 +225,7 @@ def build_runner(config: EngineConfig) -> LoadedModel:
         max_model_len=max_model_len,
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
-        model_fingerprint=model_fingerprint(model, config.dtype, weights),
+        model_fingerprint=model_fingerprint(model, config.dtype, weights, config.batch_invariant),
     )
 
 

@@ -1,4 +1,4 @@
-"""`model_fingerprint`: equal on two workers if and only if they run the same model in the same number format."""
+"""`model_fingerprint`: equal on two workers if and only if they run one model in the same number format and mode."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ if TYPE_CHECKING:
     from twostroke_engine.weights.loader import WeightSource
 
 
-def model_fingerprint(config: ModelConfig, dtype: str, weights: WeightSource) -> str:
-    """32 hex digits over config.json's meaning, the dtype and the weights, after a word if those were drawn."""
+def model_fingerprint(config: ModelConfig, dtype: str, weights: WeightSource, batch_invariant: bool = False) -> str:
+    """32 hex digits over config.json's meaning, the dtype and the weights, after a word if those were drawn.
+
+    KV that was computed in batch-invariant mode goes to workers in that mode alone.
+    """
     digest = blake2b(msgspec.msgpack.encode(config), digest_size=16)
-    digest.update(dtype.encode() + b"\0")
+    digest.update(dtype.encode() + (b" batch-invariant" if batch_invariant else b"") + b"\0")
     digest.update(weights.digest())
     return weights.kind + digest.hexdigest()

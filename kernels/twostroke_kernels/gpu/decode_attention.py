@@ -167,8 +167,8 @@ def _reduce(partial: Tensor, weights: Tensor, batch: PagedBatch, config: DecodeC
         TILE=config.tile,
         STRETCH=config.fixed_stretch or 0,
         CHUNK=at_once,
-        # The GEMV that comes after it has many waves, and weights to request while it waits.
-        ALONE=num_sequences == 1,
+        # What multiplies the result has weights to request while it waits.
+        EARLY=num_sequences == 1,
         num_warps=4,
         **dependent(out.device),
     )
@@ -313,7 +313,7 @@ def decode_reduce(
     TILE: tl.constexpr,
     STRETCH: tl.constexpr,
     CHUNK: tl.constexpr,
-    ALONE: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     """One program adds up the stretches of one sequence's query head, in their order, CHUNK at once."""
@@ -323,8 +323,7 @@ def decode_reduce(
     best = -float("inf")
     total = 0.0
     acc = tl.zeros([DIMS], tl.float32)
-    if ALONE:
-        release_later(PDL)
+    release_later(PDL and EARLY)
     await_earlier(PDL)
     for start in tl.range(0, used, CHUNK, num_stages=1):
         parts = start + tl.arange(0, CHUNK)
@@ -338,7 +337,6 @@ def decode_reduce(
         total = total * shrink + tl.sum(shares, 0)
         acc = acc * shrink + tl.sum(values * shares[:, None], 0)
         best = new_best
-    if not ALONE:
-        release_later(PDL)
+    release_later(PDL and not EARLY)
     result = acc / tl.where(total == 0, 1.0, total)
     tl.store(out + row * D + dims, result.to(out.dtype.element_ty), mask=dims < D)

@@ -15,7 +15,7 @@ from torch import Tensor
 from twostroke_kernels.gpu.dependent_launch import await_earlier, dependent, release_later
 from twostroke_kernels.gpu.fusion import Fusion, output_for, output_width
 
-_MANY_PROGRAMS = 1024
+_HEAD_WIDTH = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +28,13 @@ class GemvConfig:
 
 
 def gemv_config(width_out: int, width_in: int, gated: bool) -> GemvConfig:
-    """8 KB of weights in flight a program where the width divides so (16 if gated), else 16 KB in narrower steps."""
-    if width_in % 4096 == 0:
-        return GemvConfig(outputs=1, inputs=4096)
-    return GemvConfig(outputs=2 if gated else 4, inputs=min(2048, triton.next_power_of_2(width_in)))
+    """8 to 16 KB of weights in flight a program; where programs are many, each has one row (if gated, one pair)."""
+    if width_in % 4096 == 0 and (gated or width_out >= _HEAD_WIDTH):
+        return GemvConfig(outputs=1, inputs=4096, num_warps=8 if gated else 4)
+    inputs = min(2048, triton.next_power_of_2(width_in))
+    if width_in >= 2 * width_out and not gated:
+        return GemvConfig(outputs=4, inputs=inputs, num_warps=8)
+    return GemvConfig(outputs=2, inputs=inputs)
 
 
 def gemv(
@@ -40,8 +43,7 @@ def gemv(
     """x [1, in], weight [out, in] -> [1, out]."""
     out = output_for(x, weight, bias, fusion, out)
     width_out, norm = output_width(weight, fusion), fusion.norm
-    num_programs = triton.cdiv(width_out, config.outputs)
-    gemv_rows[(num_programs,)](
+    gemv_rows[(triton.cdiv(width_out, config.outputs),)](
         x.contiguous(),
         None if norm is None else norm.weight.contiguous(),
         weight,
@@ -54,7 +56,6 @@ def gemv(
         INPUTS=config.inputs,
         GATED=fusion.gated,
         ADDS=fusion.adds,
-        MANY=num_programs >= _MANY_PROGRAMS,
         num_warps=config.num_warps,
         **dependent(x.device),
     )
@@ -121,7 +122,6 @@ def gemv_rows(
     INPUTS: tl.constexpr,
     GATED: tl.constexpr,
     ADDS: tl.constexpr,
-    MANY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program: OUTPUTS rows of the weight, whole; if GATED, up rows come N after gate rows.
@@ -137,7 +137,6 @@ def gemv_rows(
     gate = load_tile(from_gate, exists, inputs < K, WHOLE)
     if GATED:
         up = load_tile(from_up, exists, inputs < K, WHOLE)
-    release_later(PDL and MANY)
     await_earlier(PDL)
     if ADDS:
         held = tl.load(out + outputs, mask=exists, other=0.0).to(tl.float32)
@@ -154,7 +153,7 @@ def gemv_rows(
         acc += gate.to(tl.float32) * values[None, :]
         if GATED:
             acc_up += up.to(tl.float32) * values[None, :]
-    release_later(PDL and not MANY)
+    release_later(PDL)
     total = sum_up(acc, squares, bias, norm_weight, eps, outputs, exists, K)
     if GATED:
         up_bias = None if bias is None else bias + N

@@ -20,8 +20,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if num_rows:
         block = triton.next_power_of_2(width)
         num_warps = min(max(block // 512, 1), 16)
-        more = dependent(x.device)
-        norm_rows[(num_rows,)](x, weight, out, eps, WIDTH=width, BLOCK=block, num_warps=num_warps, **more)
+        norm_rows[(num_rows,)](
+            x,
+            weight,
+            out,
+            eps,
+            WIDTH=width,
+            BLOCK=block,
+            num_warps=num_warps,
+            **dependent(x.device),
+        )
     return out
 
 

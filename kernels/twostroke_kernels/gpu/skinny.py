@@ -20,8 +20,12 @@ from twostroke_kernels.gpu.fusion import Fusion, output_for, output_width
 from twostroke_kernels.gpu.gemv import load_tile, silu
 
 MAX_SKINNY_ROWS = 128
+_LONG_TILE_ROWS = 16
 _FEW_ROWS = 32
 _PAIRED_ROWS = 64
+_WIDE = 16384
+_HEAD_WIDTH = 65536
+_DEEP = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,26 +49,40 @@ def skinny_config(num_rows: int, width_out: int, width_in: int, gated: bool) -> 
 
     None: cuBLAS is as fast. `width_out` counts the rows of the weight.
     """
-    few = num_rows <= _FEW_ROWS
     if gated:
         return _gated_config(num_rows, width_out)
     if num_rows > _PAIRED_ROWS:
-        return SkinnyConfig(128, 128, 8, 3, weight_left=True, tma=True) if width_out >= 65536 else None
-    if width_out >= 16384:
-        return SkinnyConfig(128, 128, num_warps=4 if few else 8, num_stages=4 if few else 3, weight_left=True)
+        return SkinnyConfig(128, 128, 8, 3, weight_left=True, tma=True) if width_out >= _HEAD_WIDTH else None
+    if num_rows > _FEW_ROWS:
+        return _half_config(width_out, width_in)
+    if width_out >= _WIDE:
+        return SkinnyConfig(128, 128, num_warps=4, num_stages=4, weight_left=True)
     if width_in >= 2 * width_out:
-        return SkinnyConfig(32, 256, num_warps=4, num_stages=4, weight_left=False)
-    if few and width_in >= 1024:
+        longer = num_rows <= _LONG_TILE_ROWS
+        return SkinnyConfig(32, 512 if longer else 256, 4, num_stages=3 if longer else 4, weight_left=False)
+    if width_in >= _DEEP:
         return SkinnyConfig(64, 128, num_warps=4, num_stages=5, weight_left=True)
     return None
+
+
+def _half_config(width_out: int, width_in: int) -> SkinnyConfig | None:
+    """Of 33 to 64 rows."""
+    if width_out >= _WIDE:
+        return SkinnyConfig(128, 128, num_warps=8, num_stages=3, weight_left=True)
+    if width_in >= 2 * width_out:
+        return SkinnyConfig(32, 128, num_warps=4, num_stages=6, weight_left=False)
+    if width_in < _DEEP:
+        return None
+    if width_out > 4096:
+        return SkinnyConfig(64, 128, num_warps=4, num_stages=5, weight_left=False)
+    return SkinnyConfig(32, 256, num_warps=4, num_stages=4, weight_left=False)
 
 
 def _gated_config(num_rows: int, width_out: int) -> SkinnyConfig | None:
     """The same bytes in flight as the plain wide product has."""
     if num_rows > _PAIRED_ROWS or width_out < 2048:
         return None
-    few = num_rows <= _FEW_ROWS
-    return SkinnyConfig(64, 128, num_warps=4 if few else 8, num_stages=4 if few else 3, weight_left=True)
+    return SkinnyConfig(64, 128, num_warps=4, num_stages=4 if num_rows <= _FEW_ROWS else 3, weight_left=True)
 
 
 def skinny(
@@ -108,13 +126,46 @@ def suits_skinny(dtype: torch.dtype) -> bool:
 
 
 @triton.jit
-def multiply(w, values, acc, WEIGHT_LEFT: tl.constexpr):
-    """acc plus the product of a tile of the weight [outputs, inputs] and one of the rows [rows, inputs]."""
-    if WEIGHT_LEFT:
-        acc = tl.dot(w, values.T, acc)
+def load_weights(
+    boxes,
+    from_gate,
+    first,
+    start,
+    exists,
+    inside,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GATED: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """A tile of the weight, and the tile N rows below it if GATED; by TMA if there are boxes."""
+    if boxes is not None:
+        gate = boxes.load([first, start])
     else:
-        acc = tl.dot(values, w.T, acc)
-    return acc
+        gate = load_tile(from_gate + start, exists, inside, WHOLE)
+    up = gate
+    if GATED:
+        if boxes is not None:
+            up = boxes.load([N + first, start])
+        else:
+            up = load_tile(from_gate + N * K + start, exists, inside, WHOLE)
+    return gate, up
+
+
+@triton.jit
+def multiply(tiles, values, sums, WEIGHT_LEFT: tl.constexpr, GATED: tl.constexpr):
+    """`sums` plus the products of tiles of the weight [outputs, inputs] and one of the rows [rows, inputs]."""
+    gate, up = tiles
+    acc, acc_up = sums
+    if WEIGHT_LEFT:
+        acc = tl.dot(gate, values.T, acc)
+        if GATED:
+            acc_up = tl.dot(up, values.T, acc_up)
+    else:
+        acc = tl.dot(values, gate.T, acc)
+        if GATED:
+            acc_up = tl.dot(values, up.T, acc_up)
+    return acc, acc_up
 
 
 @triton.jit
@@ -147,44 +198,29 @@ def skinny_tile(
     PDL: tl.constexpr,
 ):
     """One program: all rows of x times a tile of outputs; if GATED, up rows of the weight come N after gate rows."""
-    TMA: tl.constexpr = boxes is not None
     WHOLE: tl.constexpr = K % INPUTS == 0 and N % OUTPUTS == 0
     first = tl.program_id(0) * OUTPUTS
-    outputs = first + tl.arange(0, OUTPUTS)
-    inputs = tl.arange(0, INPUTS)
-    rows = tl.arange(0, ROWS)
+    outputs, inputs, rows = first + tl.arange(0, OUTPUTS), tl.arange(0, INPUTS), tl.arange(0, ROWS)
     exists, used = outputs < N, rows < num_rows
-    from_weight = weight + outputs[:, None].to(tl.int64) * K + inputs[None, :]
+    from_gate = weight + outputs[:, None].to(tl.int64) * K + inputs[None, :]
     from_x = x + rows[:, None] * K + inputs[None, :]
     to_out = out + rows[:, None] * N + outputs[None, :]
     stored = used[:, None] & exists[None, :]
-    if WEIGHT_LEFT:
-        acc = tl.zeros([OUTPUTS, ROWS], tl.float32)
-    else:
-        acc = tl.zeros([ROWS, OUTPUTS], tl.float32)
-    acc_up = acc
+    acc = tl.zeros([OUTPUTS, ROWS] if WEIGHT_LEFT else [ROWS, OUTPUTS], tl.float32)
+    sums = (acc, acc)
     await_earlier(PDL)
     if ADDS:
         held = tl.load(to_out, mask=stored, other=0.0)
     for start in tl.range(0, K, INPUTS, num_stages=STAGES):
         inside = start + inputs < K
-        if TMA:
-            w = boxes.load([first, start])
-        else:
-            w = load_tile(from_weight + start, exists, inside, WHOLE)
+        tiles = load_weights(boxes, from_gate, first, start, exists, inside, N, K, GATED, WHOLE)
         values = tl.load(from_x + start, mask=used[:, None] & inside[None, :], other=0.0)
-        acc = multiply(w, values, acc, WEIGHT_LEFT)
-        if GATED:
-            if TMA:
-                u = boxes.load([N + first, start])
-            else:
-                u = load_tile(from_weight + N * K + start, exists, inside, WHOLE)
-            acc_up = multiply(u, values, acc_up, WEIGHT_LEFT)
+        sums = multiply(tiles, values, sums, WEIGHT_LEFT, GATED)
     release_later(PDL)
-    result = finish(acc, bias, outputs, exists, WEIGHT_LEFT)
+    result = finish(sums[0], bias, outputs, exists, WEIGHT_LEFT)
     if GATED:
         up_bias = None if bias is None else bias + N
-        result = silu(result) * finish(acc_up, up_bias, outputs, exists, WEIGHT_LEFT)
+        result = silu(result) * finish(sums[1], up_bias, outputs, exists, WEIGHT_LEFT)
     if ADDS:
         result += held.to(tl.float32)
     tl.store(to_out, result.to(out.dtype.element_ty), mask=stored)

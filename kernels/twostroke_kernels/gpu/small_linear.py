@@ -61,10 +61,7 @@ def _config_on(
 
 def config_of(fields: Mapping[str, int | bool]) -> LinearConfig:
     """The config with these fields, as a JSON object has them: a GEMV's has no `weight_left`."""
-    numbers = {name: value for name, value in fields.items() if name not in ("weight_left", "tma")}
-    if "weight_left" not in fields:
-        return GemvConfig(**numbers)
-    return SkinnyConfig(**numbers, weight_left=bool(fields["weight_left"]), tma=bool(fields.get("tma", False)))
+    return SkinnyConfig(**fields) if "weight_left" in fields else GemvConfig(**fields)  # type: ignore[arg-type]
 
 
 def small_linear(
