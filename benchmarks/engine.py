@@ -47,6 +47,7 @@ from benchmarks.workload import (
     chosen_cases,
     dtype_of,
     measure,
+    plain_name,
 )
 
 RESULTS = ROOT / "benchmarks" / "results" / "engine.jsonl"
@@ -135,7 +136,7 @@ def our_figures(
     for dtype in dict.fromkeys(map(dtype_of, cases)):
         bench = EngineBench(engine_config(arguments, folder, dtype, batch_invariant))
         for case in (case for case in cases if dtype_of(case) == dtype):
-            yield case, measure(case, bench, arguments.repeat)
+            yield plain_name(case), measure(case, bench, arguments.repeat)
         del bench
         gc.collect()
         if torch.cuda.is_available():
@@ -233,7 +234,9 @@ def run(arguments: argparse.Namespace, folder: Path, cases: Sequence[str]) -> No
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__.split("\n")[0])
-    parser.add_argument("cases", nargs="*", default=["*"], metavar="CASE", help="names or patterns (default: all)")
+    parser.add_argument(
+        "cases", nargs="*", default=["*"], metavar="CASE", help="names or patterns (default: all); NAME@N: N repeats"
+    )
     parser.add_argument("--engine", default="twostroke", choices=("twostroke", "vllm", "both"))
     parser.add_argument("--vllm-path", type=Path, metavar="DIR", help="folder to import vLLM from, if not installed")
     parser.add_argument(

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import ROOT
-from benchmarks.workload import DTYPES, Figure, Prompts, Work, measure
+from benchmarks.workload import DTYPES, Figure, Prompts, Work, measure, plain_name
 
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(json.dumps({"case": FIRST_TOKEN}), flush=True)
     for case in arguments.cases:
         figure = measure(case, bench, arguments.repeat)
-        print(json.dumps({"case": case, "value": figure.value, "unit": figure.unit}), flush=True)
+        print(json.dumps({"case": plain_name(case), "value": figure.value, "unit": figure.unit}), flush=True)
     return 0
 
 

@@ -100,10 +100,18 @@ class Prompts:
 
 
 def chosen_cases(known: Sequence[str], wanted: Sequence[str]) -> list[str]:
-    """Those of `known` that match one of the names or patterns, then names that are cases of their own."""
+    """Those of `known` that match one of the names or patterns, then names that are cases of their own.
+
+    A name may end with `@N`: its number of repeats, whatever that of the others.
+    """
     matching = [case for case in known if any(fnmatchcase(case, pattern) for pattern in wanted)]
-    others = [name for name in wanted if name not in matching and CASE_NAME.fullmatch(name)]
+    others = [name for name in wanted if name not in matching and CASE_NAME.fullmatch(plain_name(name))]
     return [*matching, *others]
+
+
+def plain_name(case: str) -> str:
+    """A case's name without its number of repeats."""
+    return case.partition("@")[0]
 
 
 def dtype_of(case: str) -> str:
@@ -112,11 +120,13 @@ def dtype_of(case: str) -> str:
 
 
 def measure(case: str, bench: Bench, repeat: int) -> Figure:
-    """Does what a case's name says, `repeat` times, and takes the median.
+    """Does what a case's name says, `repeat` times unless it ends with `@N`, and takes the median.
 
     Raises:
         ValueError: the name says nothing.
     """
+    case, _, times = case.partition("@")
+    repeat = int(times) if times else repeat
     if match := re.fullmatch(r"decode/\w+/b(\d+)/c(\d+)", case):
         batch, context = map(int, match.groups())
         return _decode_step(bench, batch, context, repeat)

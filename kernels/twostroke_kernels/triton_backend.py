@@ -13,6 +13,7 @@ from twostroke_kernels.gpu import activation, block_copy, kv_pack, rms_norm, sam
 from twostroke_kernels.gpu.decode_attention import decode_attention
 from twostroke_kernels.gpu.fusion import Fusion
 from twostroke_kernels.gpu.gated_gemm import gated_config, gated_linear, suits_gated_gemm
+from twostroke_kernels.gpu.large_gemm import add_large_linear, beats_cublas
 from twostroke_kernels.gpu.penalties import penalize
 from twostroke_kernels.gpu.prefill_attention import prefill_attention
 from twostroke_kernels.gpu.rotary import rotate_and_write_kv
@@ -62,6 +63,8 @@ class TritonBackend:
         config = self._choose(x, weight)
         if config is not None:
             small_linear(x, weight, bias, config, Fusion(adds=True), residual)
+        elif beats_cublas(x, weight):
+            add_large_linear(residual, x, weight, bias)
         elif bias is None:
             residual.addmm_(x, weight.t())
         else:

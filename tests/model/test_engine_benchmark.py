@@ -47,11 +47,17 @@ def test_every_tiny_case_leaves_a_line(tmp_path: Path) -> None:
 
 def test_patterns_and_names_choose_cases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = tmp_path / "engine.jsonl"
-    assert main(["--tiny", "prefill/*", "prefill/bf16/1x8", "--repeat", "1", "--results", str(results)]) == 0
+    assert main(["--tiny", "prefill/*", "prefill/bf16/1x8@2", "--repeat", "1", "--results", str(results)]) == 0
     lines = [json.loads(line)["case"] for line in results.read_text().splitlines()]
     assert lines == ["prefill/bf16/2x24", "prefill/bf16/1x8"]
     assert main(["--tiny", "train/*", "--results", str(results)]) == 2
     assert "there are decode/bf16/b2/c40" in capsys.readouterr().err
+
+
+def test_a_name_may_say_how_often() -> None:
+    bench = Told([9.0, 0.3, 0.1, 0.2])
+    assert measure("prefill/bf16/1x8@3", bench, 1).value == 200.0
+    assert len(bench.done) == 4, "one more to warm up"
 
 
 def test_the_batch_invariant_mode_stands_beside_the_plain_one(

@@ -30,6 +30,8 @@ FEW_ROWS = SkinnyConfig(64, 128, num_warps=4, num_stages=5, weight_left=True)
 NARROW = GemmTile(rows=64, outputs=32, inputs=128, num_warps=4, num_stages=6, cost=1.2)
 """For few rows of a layer that is not wide."""
 TILES = (*LARGE_TILES, NARROW)
+LEAST_WIDTH = 64
+"""Of a weight, both ways: at 8 inputs the ways of computing a product were seen to differ."""
 
 
 def product_for(num_rows: int, width_out: int, device: torch.device) -> Product:
@@ -43,6 +45,7 @@ def suits_hopper_products(weight: Tensor) -> bool:
     """Whether Hopper's kernels are written for this weight [out, in] and its card."""
     shaped = weight.shape[0] % 8 == 0 and weight.shape[1] % 8 == 0 and weight.data_ptr() % 16 == 0
     halves = weight.dtype in (torch.float16, torch.bfloat16)
+    shaped = shaped and min(weight.shape) >= LEAST_WIDTH
     return shaped and halves and weight.is_contiguous() and is_hopper(weight.device)
 
 
