@@ -60,7 +60,7 @@ class EngineBench:
     """Our engine in this process, and a source of prompts that it has not seen."""
 
     def __init__(self, config: EngineConfig) -> None:
-        model = build_runner(config)
+        model = build_runner(config, compiles_ahead=True)
         self._engine = Engine(config, model.spec, model.num_blocks, model.runner, (), time.monotonic)
         self._prompts = Prompts(model.vocab_size)
         self._num_requests = 0

@@ -72,7 +72,7 @@ def assemble(config: EngineConfig, outbox: Callable[[OutboxMessage], None]) -> t
         ModelError: anything that the user can put right; one line.
     """
     torch.set_num_threads(config.num_threads)
-    model = build_runner(config)
+    model = build_runner(config, compiles_ahead=True)
     config = msgspec.structs.replace(config, max_model_len=model.max_model_len)
     engine = Engine(config, model.spec, model.num_blocks, model.runner, model.eos_token_ids, monotonic)
     sender, receiver = _transfer_ends(config, model, engine, lambda: loop.wake())

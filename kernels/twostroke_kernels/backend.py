@@ -126,6 +126,57 @@ class SampledRows:
     """[R] bool: the raw logits held neither NaN nor infinity."""
 
 
+_SCALED_PEAKS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+
+
+@dataclass(frozen=True, slots=True)
+class KVWire:
+    """How KV travels: items of `block_size` tokens, each `[layer, k|v, token, head, dim]` in `dtype`.
+
+    float32, bfloat16 and float16 are the values themselves, rounded to the nearest (ties to even). float8_e4m3fn and
+    int8 are the values of a head of a token divided by one float32 scale and rounded so; the scales,
+    `[layer, k|v, token, head]`, follow an item's values. With `peak` 448 or 127 a scale is the largest magnitude
+    divided by the peak, at least `SCALE_FLOOR`; NaN if a value is not finite, so that all of them arrive as NaN. All
+    of it is float32 arithmetic, rounded to the nearest at each operation.
+
+    What arrives differs from a value x of a head whose largest magnitude is m by at most m / 254 (int8), or by at
+    most the larger of |x| / 16 and m / 458752 (float8_e4m3fn); and then by the rounding to the pool's dtype.
+    """
+
+    block_size: int
+    dtype: torch.dtype
+
+    @property
+    def peak(self) -> float:
+        """The largest number of a scaled format; 0 for one without scales."""
+        return _SCALED_PEAKS.get(self.dtype, 0.0)
+
+    def layer_bytes(self, num_kv_heads: int, head_size: int) -> int:
+        """Bytes of one layer of one item.
+
+        Raises:
+            ValueError: a head is no whole number of 32-bit words.
+        """
+        row_bytes = head_size * self.dtype.itemsize
+        if row_bytes % 4:
+            raise ValueError(f"{head_size} values of {self.dtype} are no whole number of 32-bit words")
+        return 2 * self.block_size * num_kv_heads * (row_bytes + (4 if self.peak else 0))
+
+    def split(self, pool: Tensor) -> int:
+        """Items that make a block of `pool` [N, L, 2, B, G, D].
+
+        Raises:
+            ValueError: they do not fill it.
+        """
+        if pool.shape[3] % self.block_size:
+            raise ValueError(f"items of {self.block_size} tokens do not fill blocks of {pool.shape[3]}")
+        return pool.shape[3] // self.block_size
+
+
+SCALE_FLOOR = 2.0**-100
+"""Smallest scale of a `KVWire`: keeps the arithmetic away from subnormal numbers."""
+
+
 class Backend(Protocol):
     """The operations of one kind of device. Outputs are new tensors unless a line says in place, or `out` is given.
 
@@ -221,15 +272,19 @@ class Backend(Protocol):
         """In place: pool[targets] = pool[sources]; no block is both."""
         ...
 
-    def pack_kv(self, pool: Tensor, block_ids: Tensor, first_layer: int, num_layers: int) -> tuple[Tensor, Tensor]:
-        """Gathers [n, num_layers, 2, B, G, D] of `block_ids` [n], contiguous, and its `digest` [n].
+    def pack_kv(
+        self, pool: Tensor, items: Tensor, first_layer: int, num_layers: int, wire: KVWire
+    ) -> tuple[Tensor, Tensor]:
+        """Gathers `items` [n] of the pool's layers, converted: uint8 [n, bytes] as `wire` says, and its `digest` [n].
 
-        Transfer threads call `pack_kv`, `unpack_kv` and `digest`, several at once and while a step computes.
+        Item i is the tokens [(i % k) * b, (i % k + 1) * b) of block i // k, where b is the wire's block size and k how
+        many of them make a block of the pool. Transfer threads call `pack_kv`, `unpack_kv` and `digest`, several at
+        once and while a step computes.
         """
         ...
 
-    def unpack_kv(self, pool: Tensor, block_ids: Tensor, first_layer: int, segment: Tensor) -> None:
-        """In place: the inverse of `pack_kv`."""
+    def unpack_kv(self, pool: Tensor, items: Tensor, first_layer: int, segment: Tensor, wire: KVWire) -> None:
+        """In place: the inverse of `pack_kv`, into the pool's own number format. `segment` is uint8 [n, bytes]."""
         ...
 
     def digest(self, segment: Tensor) -> Tensor:

@@ -8,11 +8,15 @@ exact by definition (noise words, digests) is Python integers, sharing no code w
 from __future__ import annotations
 
 import math
+import struct
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from twostroke_kernels.backend import (
+    SCALE_FLOOR,
+    KVWire,
     PagedBatch,
     Penalties,
     RotaryTable,
@@ -137,23 +141,86 @@ class ReferenceBackend:
         for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
             pool[target] = pool[source]
 
-    def pack_kv(self, pool: Tensor, block_ids: Tensor, first_layer: int, num_layers: int) -> tuple[Tensor, Tensor]:
+    def pack_kv(
+        self, pool: Tensor, items: Tensor, first_layer: int, num_layers: int, wire: KVWire
+    ) -> tuple[Tensor, Tensor]:
         """See `Backend.pack_kv`."""
-        shape = (block_ids.shape[0], num_layers, *pool.shape[2:])
-        segment = torch.zeros(shape, dtype=pool.dtype, device=pool.device)
-        for place, block in enumerate(block_ids.tolist()):
-            segment[place] = pool[block, first_layer : first_layer + num_layers]
+        size = num_layers * wire.layer_bytes(pool.shape[4], pool.shape[5])
+        segment = torch.zeros((items.shape[0], size), dtype=torch.uint8, device=pool.device)
+        for place, item in enumerate(items.tolist()):
+            values, scales = bytearray(), bytearray()
+            for layer in range(first_layer, first_layer + num_layers):
+                for row in _item_rows(pool, item, layer, wire):
+                    row_values, row_scale = encode_row(row, wire)
+                    values += row_values
+                    scales += row_scale
+            segment[place] = torch.frombuffer(values + scales, dtype=torch.uint8)
         return segment, self.digest(segment)
 
-    def unpack_kv(self, pool: Tensor, block_ids: Tensor, first_layer: int, segment: Tensor) -> None:
+    def unpack_kv(self, pool: Tensor, items: Tensor, first_layer: int, segment: Tensor, wire: KVWire) -> None:
         """See `Backend.unpack_kv`."""
-        for place, block in enumerate(block_ids.tolist()):
-            pool[block, first_layer : first_layer + segment.shape[1]] = segment[place]
+        row_bytes = pool.shape[5] * wire.dtype.itemsize
+        num_layers = segment.shape[1] // wire.layer_bytes(pool.shape[4], pool.shape[5])
+        num_rows = num_layers * 2 * wire.block_size * pool.shape[4]
+        for place, item in enumerate(items.tolist()):
+            raw = bytearray(segment[place].tolist())
+            rows = iter(range(num_rows))
+            for layer in range(first_layer, first_layer + num_layers):
+                for target in _item_rows(pool, item, layer, wire):
+                    at = next(rows)
+                    scale = raw[num_rows * row_bytes + 4 * at :][:4]
+                    target[:] = decode_row(raw[at * row_bytes :][:row_bytes], scale, wire).to(pool.dtype)
 
     def digest(self, segment: Tensor) -> Tensor:
         """See `Backend.digest`."""
         items = [item.contiguous().view(-1).view(torch.int32).tolist() for item in segment]
         return torch.tensor([digest_words(words) for words in items], dtype=torch.int64, device=segment.device)
+
+
+def _item_rows(pool: Tensor, item: int, layer: int, wire: KVWire) -> Iterator[Tensor]:
+    """Each head of each token of one layer of an item, keys first: views [D] of the pool."""
+    block, part = divmod(item, pool.shape[3] // wire.block_size)
+    for half in range(2):
+        for token in range(part * wire.block_size, (part + 1) * wire.block_size):
+            yield from pool[block, layer, half, token]
+
+
+def encode_row(row: Tensor, wire: KVWire) -> tuple[bytes, bytes]:
+    """One head of one token as `KVWire` says: its values and its scale (none where the format has none)."""
+    if not wire.peak:
+        return bytes(row.contiguous().to(wire.dtype).view(torch.uint8).tolist()), b""
+    wide = row.float()
+    if not bool(torch.isfinite(wide).all()):
+        return bytes(row.shape[0]), struct.pack("<f", math.nan)
+    scale = torch.clamp(wide.abs().max() / wire.peak, min=SCALE_FLOOR)
+    scaled = wide / scale
+    codes = [round(value) & 0xFF if wire.dtype == torch.int8 else e4m3_code(value) for value in scaled.tolist()]
+    return bytes(codes), struct.pack("<f", scale.item())
+
+
+def decode_row(values: bytearray, scale: bytearray, wire: KVWire) -> Tensor:
+    """The inverse of `encode_row`: [D], float32 where the format has scales."""
+    if not wire.peak:
+        return torch.frombuffer(values, dtype=wire.dtype)
+    if wire.dtype == torch.int8:
+        wide = torch.frombuffer(values, dtype=torch.int8).float()
+    else:
+        wide = torch.tensor([e4m3_value(code) for code in values], dtype=torch.float32)
+    return wide * torch.frombuffer(scale, dtype=torch.float32)
+
+
+def e4m3_value(code: int) -> float:
+    """The number of a finite float8_e4m3fn code: sign, 4 bits of exponent (bias 7), 3 of fraction."""
+    exponent, fraction = code >> 3 & 15, code & 7
+    size = math.ldexp(8 + fraction, exponent - 10) if exponent else math.ldexp(fraction, -9)
+    return -size if code & 0x80 else size
+
+
+def e4m3_code(value: float) -> int:
+    """The code of the nearest finite float8_e4m3fn number; of two as near, the even one."""
+    size = abs(value)
+    nearest = min(range(127), key=lambda code: (abs(e4m3_value(code) - size), code & 1))
+    return nearest | (0x80 if math.copysign(1.0, value) < 0 else 0)
 
 
 def digest_words(words: list[int]) -> int:

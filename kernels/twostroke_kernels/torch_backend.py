@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twostroke_kernels.backend import PagedBatch, Penalties, Rotation, RowNorm, SampledRows, SamplingRows
+from twostroke_kernels.backend import KVWire, PagedBatch, Penalties, Rotation, RowNorm, SampledRows, SamplingRows
 from twostroke_kernels.digest import SegmentDigest
 from twostroke_kernels.kv_rows import LayerRows, StepMemo
 from twostroke_kernels.torch_attention import DecodeAttention, PrefillAttention
 from twostroke_kernels.torch_rotary import RotaryStep, rotary_step, rotate
 from twostroke_kernels.torch_sampling import penalize, sample
+from twostroke_kernels.torch_wire import from_wire, gather_items, scatter_items, to_wire
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -114,14 +115,16 @@ class TorchBackend:
         """See `Backend.copy_blocks`."""
         pool.index_copy_(0, targets, pool.index_select(0, sources))
 
-    def pack_kv(self, pool: Tensor, block_ids: Tensor, first_layer: int, num_layers: int) -> tuple[Tensor, Tensor]:
+    def pack_kv(
+        self, pool: Tensor, items: Tensor, first_layer: int, num_layers: int, wire: KVWire
+    ) -> tuple[Tensor, Tensor]:
         """See `Backend.pack_kv`."""
-        segment = pool[:, first_layer : first_layer + num_layers].index_select(0, block_ids)
+        segment = to_wire(gather_items(pool, items, first_layer, num_layers, wire), wire)
         return segment, self._digest(segment)
 
-    def unpack_kv(self, pool: Tensor, block_ids: Tensor, first_layer: int, segment: Tensor) -> None:
+    def unpack_kv(self, pool: Tensor, items: Tensor, first_layer: int, segment: Tensor, wire: KVWire) -> None:
         """See `Backend.unpack_kv`."""
-        pool[:, first_layer : first_layer + segment.shape[1]].index_copy_(0, block_ids, segment)
+        scatter_items(pool, items, first_layer, from_wire(segment, pool, wire), wire)
 
     def digest(self, segment: Tensor) -> Tensor:
         """See `Backend.digest`."""

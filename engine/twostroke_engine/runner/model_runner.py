@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from twostroke_kernels.choice import choose_backend
+from twostroke_kernels.choice import choose_backend, runs_triton
 
 from twostroke_engine.kv.spec import DTYPE_BYTES, KVSpec, LayerGroup
 from twostroke_engine.model.config import ModelError, read_model_config
@@ -18,6 +18,7 @@ from twostroke_engine.model.factory import LayerFactory
 from twostroke_engine.model.families import FAMILIES
 from twostroke_engine.model.layers import rotary_table
 from twostroke_engine.quant.dense import Dense
+from twostroke_engine.runner.compile_ahead import compile_ahead
 from twostroke_engine.runner.cuda_graphs import graph_forward
 from twostroke_engine.runner.decode_rows import MAX_GRAPH_BATCH
 from twostroke_engine.runner.flight import NOTHING, Flight
@@ -196,24 +197,30 @@ class LoadedModel:
     model_fingerprint: str
 
 
-def build_runner(config: EngineConfig) -> LoadedModel:
+def build_runner(config: EngineConfig, compiles_ahead: bool = False) -> LoadedModel:
     """Loads the model and allocates the KV pool.
+
+    Args:
+        config: of the engine.
+        compiles_ahead: kernels that are not cached are first compiled by several processes (`compile_ahead`).
 
     Raises:
         ModelError: anything that the user can put right; one line.
     """
     device = _device(config)
-    free_at_start = _free_bytes(device)
     folder = Path(config.model_dir)
     model = read_model_config(folder, FAMILIES)
+    if compiles_ahead and runs_triton(device):
+        compile_ahead(config)
+    free_at_start = _free_bytes(device)
     weights = _weights(config, folder, device)
-    spec = _kv_spec(config, model)
+    spec = kv_spec(config, model)
     num_blocks = told_num_blocks(config, spec, device)
     limit = config.max_model_len if config.max_model_len is not None else model.max_positions
     max_model_len = min(model.max_positions, limit, *(() if num_blocks is None else (num_blocks * config.block_size,)))
     torch.set_num_threads(config.num_threads)
     backend = choose_backend(device, config.batch_invariant)
-    decoder = _load_decoder(config, model, weights, backend, max_model_len)
+    decoder = load_decoder(config, model, weights, backend, max_model_len)
     build = RunnerBuild(config, model, spec, decoder, backend)
     if num_blocks is None:
         num_blocks = measured_num_blocks(config, spec, free_at_start, build.pool, build.eager_runner, max_model_len)
@@ -278,9 +285,14 @@ class RunnerBuild:
         return ModelRunner(forward, self.backend, pool, self.model, self.config.batch_invariant)
 
 
-def _load_decoder(
+def load_decoder(
     config: EngineConfig, model: ModelConfig, weights: WeightSource, backend: Backend, max_model_len: int
 ) -> Decoder:
+    """Allocates a decoder in the configured dtype, and loads it.
+
+    Raises:
+        ModelError: it does not fit into the device's memory, or the weights do not fit the model.
+    """
     dtype: torch.dtype = getattr(torch, config.dtype)
     rotary = rotary_table(model.rope, model.head_dim, max_model_len, backend.device)
     layers = LayerFactory(backend, Dense(backend, dtype), OneRank(), dtype, rotary)
@@ -326,6 +338,7 @@ def _device(config: EngineConfig) -> torch.device:
     return device
 
 
-def _kv_spec(config: EngineConfig, model: ModelConfig) -> KVSpec:
+def kv_spec(config: EngineConfig, model: ModelConfig) -> KVSpec:
+    """How this engine stores KV."""
     group = LayerGroup(num_layers=model.num_layers, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim)
     return KVSpec(block_size=config.block_size, dtype=config.dtype, groups=(group,))
