@@ -11,7 +11,6 @@ from twostroke_engine.model.config import ModelError
 from twostroke_engine.runner.forward import EagerForward
 from twostroke_engine.runner.memory import (
     DeviceMemory,
-    captured_bytes,
     num_profile_blocks,
     profile_plans,
     told_num_blocks,
@@ -45,11 +44,6 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 )
 def test_bytes_for_kv(memory: DeviceMemory, fraction: float, kv: int) -> None:
     assert memory.for_kv(fraction) == kv
-
-
-@pytest.mark.parametrize(("num_tokens", "captured"), [(512, 1000), (2048, 1000), (8192, 250)])
-def test_captured_pieces_are_counted_by_their_share_of_the_largest_step(num_tokens: int, captured: int) -> None:
-    assert captured_bytes(1000, num_tokens) == captured
 
 
 def test_who_says_how_many_blocks(loaded: LoadedModel) -> None:

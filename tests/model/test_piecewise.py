@@ -23,6 +23,7 @@ from twostroke_engine.runner.piecewise import (
     PieceBuffers,
     PieceForward,
     launched_pieces,
+    piece_size,
     piece_sizes,
 )
 from twostroke_engine.runner.sequence import RunnerSequence
@@ -43,9 +44,15 @@ VOCAB = 300
 def test_sizes_hold_every_step_and_waste_less_than_a_tile(max_step_tokens: int) -> None:
     sizes = piece_sizes(max_step_tokens)
     assert list(sizes) == sorted(set(sizes))
-    assert sizes[-1] >= min(max_step_tokens, MAX_PIECE_TOKENS)
+    assert sizes[-1] >= max_step_tokens
     assert len(sizes) == 1 or sizes[-2] < max_step_tokens
-    assert all(after - before <= 128 for before, after in pairwise(sizes))
+    assert all(after - before <= 128 or after > MAX_PIECE_TOKENS for before, after in pairwise(sizes))
+
+
+def test_a_large_step_is_padded_if_that_is_next_to_nothing() -> None:
+    sizes = piece_sizes(8192)
+    chosen = {tokens: piece_size(tokens, sizes) for tokens in (1, 129, 2048, 2049, 7935, 7936, 8192, 8193)}
+    assert chosen == {1: 16, 129: 256, 2048: 2048, 2049: None, 7935: None, 7936: 8192, 8192: 8192, 8193: None}
 
 
 class Pieces(dict[int, Sequence[Callable[[], None]]]):

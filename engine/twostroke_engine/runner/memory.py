@@ -9,7 +9,6 @@ import torch
 
 from twostroke_engine.model.config import ModelError
 from twostroke_engine.request import SamplingParams
-from twostroke_engine.runner.piecewise import MAX_PIECE_TOKENS
 from twostroke_engine.schedule.plan import NewSequence, Scheduled, StepPlan
 from twostroke_engine.transfer.end import NoSink
 
@@ -95,7 +94,8 @@ def measured_num_blocks(
             f"into the memory of {config.device}"
         ) from error
     peak = torch.cuda.max_memory_allocated(device) - pool.nbytes
-    captured = captured_bytes(peak - weights, plans[0].num_tokens) if runner.backend.captures_graphs else 0
+    # The pieces of a full step are captured, and never give back what it takes.
+    captured = peak - weights if runner.backend.captures_graphs else 0
     del runner, pool
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
@@ -107,11 +107,6 @@ def measured_num_blocks(
             f"and activations ({peak} bytes; {free} bytes are free)"
         )
     return num_blocks
-
-
-def captured_bytes(activations: int, num_tokens: int) -> int:
-    """What captured pieces hold, where a step of so many tokens takes `activations`: theirs are never given back."""
-    return activations * min(MAX_PIECE_TOKENS, num_tokens) // num_tokens
 
 
 def profile_plans(config: EngineConfig, block_size: int, max_model_len: int) -> tuple[StepPlan, StepPlan]:

@@ -35,12 +35,23 @@ MAX_PIECE_TOKENS = 2048
 
 
 def piece_sizes(max_step_tokens: int) -> tuple[int, ...]:
-    """Numbers of tokens worth capturing, ascending; the last holds `max_step_tokens`, or `MAX_PIECE_TOKENS`.
+    """Numbers of tokens worth capturing, ascending; the last holds `max_step_tokens`.
 
-    Products are cut into tiles of 128 rows or so: a step padded to a multiple of them takes hardly longer.
+    Products are cut into tiles of 128 rows or so: a step padded to a multiple of them takes hardly longer. Of the sizes
+    beyond `MAX_PIECE_TOKENS` only the full step is captured: under load most steps are full, and launching two of them
+    kernel by kernel fills the driver's queue, where the host then waits instead of passing tokens on.
     """
     sizes = (16, 32, 64, *range(128, MAX_PIECE_TOKENS + 1, 128))
-    return sizes[: 1 + sum(size < max_step_tokens for size in sizes)]
+    fine = sizes[: 1 + sum(size < max_step_tokens for size in sizes)]
+    return fine if max_step_tokens <= MAX_PIECE_TOKENS else (*fine, max_step_tokens)
+
+
+def piece_size(num_tokens: int, sizes: Sequence[int]) -> int | None:
+    """The size that a step is padded to; None: it is larger than all, or padding would cost more than launching."""
+    if num_tokens > sizes[-1]:
+        return None
+    size = size_for(num_tokens, sizes)
+    return None if size > MAX_PIECE_TOKENS and 32 * (size - num_tokens) > size else size
 
 
 class PieceBuffers:
@@ -82,7 +93,7 @@ class PieceBuffers:
 
 
 class PieceForward:
-    """Computes steps of as many tokens as the largest pieces take; larger ones go to `eager`."""
+    """Computes steps that fit one of the sizes of pieces; others go to `eager`."""
 
     overlaps = True
 
@@ -104,10 +115,10 @@ class PieceForward:
     ) -> Tensor | None:
         """See `ForwardPath.logits`."""
         num_tokens = sum(chunk.count for chunk in chunks)
-        if num_tokens > self._sizes[-1]:
+        size = piece_size(num_tokens, self._sizes)
+        if size is None:
             return self.eager.logits(chunks, rows, sink, fresh)
         self.num_steps += 1
-        size = size_for(num_tokens, self._sizes)
         builder, pieces = self._buffers.builder, self._pieces[size]
         inputs = self._buffers.fill(builder.on_host(chunks, fresh), size, sink, fresh)
         step = self._buffers.activations(num_tokens)
