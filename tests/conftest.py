@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import pytest
+
+# Read when gRPC is first imported. Its handlers of forks run in a supervisor's child, which forks to set itself up, and
+# abort it if an earlier test's channel is still busy in this process.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from twostroke_cli import options as opt
 from twostroke_cli.errors import CommandError
+
+if TYPE_CHECKING:
+    from twostroke_cli.plan import ClusterPlan
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_HTTP = "127.0.0.1:8000"
@@ -53,7 +56,9 @@ def up(  # noqa: PLR0913 - a command's arguments are its flags
     max_step_tokens: opt.MaxStepTokens = None,
     max_running: opt.MaxRunning = None,
     batch_invariant: opt.BatchInvariant = False,
+    channels: opt.Channels = "",
     transfer_layers: opt.TransferLayers = None,
+    transfer_dtype: opt.TransferDtype = None,
     transfer_timeout_s: opt.TransferTimeout = None,
     api_keys_file: opt.ApiKeys = None,
     max_body_bytes: opt.MaxBody = None,
@@ -63,13 +68,11 @@ def up(  # noqa: PLR0913 - a command's arguments are its flags
     from twostroke_cli.models import resolve_model
     from twostroke_cli.plan import ClusterPlan
     from twostroke_cli.ports import claim
-    from twostroke_cli.screen import Screen
-    from twostroke_cli.up import run_cluster
 
     worker: dict[str, Any] = {"device": device, "dtype": dtype, "load_format": load_format, "block_size": block_size}
     worker |= {"num_blocks": num_blocks, "kv_cache_bytes": kv_cache_bytes, "max_step_tokens": max_step_tokens}
     worker |= {"gpu_memory_fraction": gpu_memory_fraction, "max_model_len": max_model_len, "max_running": max_running}
-    worker |= {"batch_invariant": batch_invariant}
+    worker |= {"batch_invariant": batch_invariant, "channels": channels or None, "transfer_dtype": transfer_dtype}
     plan = ClusterPlan(
         model=resolve_model(model, typer.echo, needs_weights=load_format != "random"),
         http=claim(http, "--http"),
@@ -87,6 +90,13 @@ def up(  # noqa: PLR0913 - a command's arguments are its flags
         worker_flags=flags(**worker, transfer_layers=transfer_layers, transfer_timeout_s=transfer_timeout_s),
         router_flags=flags(api_keys_file=api_keys_file, max_body_bytes=max_body_bytes),
     )
+    _run_on_screen(plan)
+
+
+def _run_on_screen(plan: ClusterPlan) -> None:
+    from twostroke_cli.screen import Screen
+    from twostroke_cli.up import run_cluster
+
     run_cluster(plan, Screen())
 
 

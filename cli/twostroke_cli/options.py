@@ -52,7 +52,13 @@ BatchInvariant = Annotated[
         "--batch-invariant", help="A request's tokens do not depend on other requests, nor on how its prompt was cut."
     ),
 ]
+Channels = Annotated[
+    str, typer.Option(metavar="NAMES", help="KV channels, best first: shm,collective,tcp is the default on CPUs.")
+]
 TransferLayers = Annotated[int | None, typer.Option(metavar="N", help="Layers in one segment of a KV transfer.")]
+TransferDtype = Annotated[
+    str | None, typer.Option(metavar="auto|fp8|int8", help="Number format of KV on the wire; fp8 and int8 are lossy.")
+]
 TransferTimeout = Annotated[
     float | None,
     typer.Option(

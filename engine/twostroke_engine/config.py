@@ -40,10 +40,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Differs for each process."""
     transfer_host: str = "127.0.0.1"
     """Address at which channels listen, reachable by the peers."""
+    channels: tuple[str, ...] = ()
+    """KV channels to use, best first; empty: all that the device and the system can do."""
     transfer_timeout_s: float = 10.0
     """A channel operation that takes longer aborts the pair."""
     transfer_layers: int = 1
     """Layers sent in one segment."""
+    transfer_dtype: Literal["auto", "fp8", "int8"] = "auto"
+    """Number format of KV on the wire; `auto` loses nothing that the receiver's own format could hold."""
     sends_kv: bool = False
     """Has a `KVSender` (prefill workers)."""
     receives_kv: bool = False

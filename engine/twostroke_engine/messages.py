@@ -147,6 +147,10 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     model_fingerprint: str
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    tokenizer_hash: str = ""
+    """Of tokenizer.json; empty if the folder has none."""
+    channels: tuple[str, ...] = ()
+    """What its KV channels tell peers, best first; see `transfer/channel.py`."""
 
 
 class EngineFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):

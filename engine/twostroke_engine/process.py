@@ -15,6 +15,7 @@ import signal
 import socket
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from time import monotonic
@@ -30,11 +31,13 @@ from twostroke_engine.messages import EngineFailed, EngineReady, InboxMessage, O
 from twostroke_engine.model.config import ModelError
 from twostroke_engine.runner.model_runner import LoadedModel, build_runner
 from twostroke_engine.transfer.channel import ChannelFactory
-from twostroke_engine.transfer.collective import CollectiveScheme
 from twostroke_engine.transfer.context import TransferContext
 from twostroke_engine.transfer.end import ReceivingEnd, SendingEnd, TransferEnd
 from twostroke_engine.transfer.receiver import KVReceiver
+from twostroke_engine.transfer.schemes import channel_factory, scheme_names
 from twostroke_engine.transfer.sender import KVSender
+from twostroke_engine.transfer.wire import check_wish
+from twostroke_engine.weights.fingerprint import tokenizer_hash
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +75,14 @@ def assemble(config: EngineConfig, outbox: Callable[[OutboxMessage], None]) -> t
         ModelError: anything that the user can put right; one line.
     """
     torch.set_num_threads(config.num_threads)
+    names = scheme_names(config.device.partition(":")[0], config.channels)  # an error is better told before loading
     model = build_runner(config, compiles_ahead=True)
     config = msgspec.structs.replace(config, max_model_len=model.max_model_len)
     engine = Engine(config, model.spec, model.num_blocks, model.runner, model.eos_token_ids, monotonic)
-    sender, receiver = _transfer_ends(config, model, engine, lambda: loop.wake())
+    device = model.runner.kv_pool.device
+    channels = channel_factory(device, config.transfer_host, config.transfer_timeout_s, names)
+    tokenizer = tokenizer_hash(Path(config.model_dir))
+    sender, receiver = _transfer_ends(config, model, tokenizer, engine, channels, lambda: loop.wake())
     ends: list[TransferEnd] = [end for end in (sender, receiver) if end is not None]
     loop = EngineLoop(engine, ends, sender, receiver, outbox)
     ready = EngineReady(
@@ -85,14 +92,21 @@ def assemble(config: EngineConfig, outbox: Callable[[OutboxMessage], None]) -> t
         model_fingerprint=model.model_fingerprint,
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
+        channels=channels.abilities,
+        tokenizer_hash=tokenizer,
     )
     return loop, ready
 
 
 def _transfer_ends(
-    config: EngineConfig, model: LoadedModel, engine: Engine, wake: Callable[[], None]
+    config: EngineConfig,
+    model: LoadedModel,
+    tokenizer: str,
+    engine: Engine,
+    channels: ChannelFactory,
+    wake: Callable[[], None],
 ) -> tuple[SendingEnd | None, ReceivingEnd | None]:
-    scheme = CollectiveScheme(model.runner.kv_pool.device, config.transfer_host, config.transfer_timeout_s)
+    check_wish(config.transfer_dtype, model.spec)
     context = TransferContext(
         pool=model.runner.kv_pool,
         backend=model.runner.backend,
@@ -100,9 +114,11 @@ def _transfer_ends(
         worker_id=config.worker_id,
         worker_epoch=config.worker_epoch,
         model_fingerprint=model.model_fingerprint,
-        channels=ChannelFactory([scheme]),
+        channels=channels,
         timeout_s=config.transfer_timeout_s,
         layers_per_segment=config.transfer_layers,
+        tokenizer_hash=tokenizer,
+        transfer_dtype=config.transfer_dtype,
     )
     sender = KVSender(context, engine, wake) if config.sends_kv else None
     receiver = KVReceiver(context, engine, wake) if config.receives_kv else None

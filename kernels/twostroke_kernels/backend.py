@@ -139,8 +139,9 @@ class KVWire:
     divided by the peak, at least `SCALE_FLOOR`; NaN if a value is not finite, so that all of them arrive as NaN. All
     of it is float32 arithmetic, rounded to the nearest at each operation.
 
-    What arrives differs from a value x of a head whose largest magnitude is m by at most m / 254 (int8), or by at
-    most the larger of |x| / 16 and m / 458752 (float8_e4m3fn); and then by the rounding to the pool's dtype.
+    Error per element: what arrives differs from a value x of a head whose largest magnitude is m by at most m / 254
+    (int8), or the larger of |x| / 16 and m / 458752 (float8_e4m3fn). To that come float32's own rounding (m * 2^-22),
+    the floor of scales (2^-101) and the rounding to the pool's dtype.
     """
 
     block_size: int

@@ -52,7 +52,8 @@ def from_wire(segment: Tensor, pool: Tensor, wire: KVWire) -> Tensor:
     shape = (segment.shape[0], num_layers, 2, wire.block_size, *heads)
     if not wire.peak:
         return segment.contiguous().view(wire.dtype).view(shape).to(pool.dtype)
-    values, scales = segment.split([segment.shape[1] * heads[1] // (heads[1] + 4), -(-segment.shape[1] * 4 // (heads[1] + 4))], 1)
+    num_rows = segment.shape[1] // (heads[1] + 4)
+    values, scales = segment[:, : num_rows * heads[1]], segment[:, num_rows * heads[1] :]
     wide = values.contiguous().view(wire.dtype).view(shape).float()
     return wide.mul_(scales.contiguous().view(torch.float32).view(shape[:-1])[..., None]).to(pool.dtype)
 
@@ -66,7 +67,9 @@ def num_layers_in(segment: Tensor, pool: Tensor, wire: KVWire) -> int:
     layer_bytes = wire.layer_bytes(pool.shape[4], pool.shape[5])
     if segment.dtype != torch.uint8 or segment.dim() != 2 or segment.shape[1] % layer_bytes:
         shape = (tuple(segment.shape), segment.dtype)
-        raise ValueError(f"segment {shape} does not fit pool {tuple(pool.shape)}: a layer of an item is {layer_bytes} bytes")
+        raise ValueError(
+            f"segment {shape} does not fit pool {tuple(pool.shape)}: a layer of an item is {layer_bytes} bytes"
+        )
     return segment.shape[1] // layer_bytes
 
 

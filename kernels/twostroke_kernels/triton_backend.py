@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twostroke_kernels.backend import PagedBatch, Penalties, Rotation, RowNorm, SampledRows, SamplingRows
+from twostroke_kernels.backend import KVWire, PagedBatch, Penalties, Rotation, RowNorm, SampledRows, SamplingRows
 from twostroke_kernels.gpu import activation, block_copy, kv_pack, rms_norm, sampling
 from twostroke_kernels.gpu.decode_attention import decode_attention
 from twostroke_kernels.gpu.fusion import Fusion
@@ -123,15 +123,17 @@ class TritonBackend:
         """See `Backend.copy_blocks`."""
         block_copy.copy_blocks(pool, sources, targets)
 
-    def pack_kv(self, pool: Tensor, block_ids: Tensor, first_layer: int, num_layers: int) -> tuple[Tensor, Tensor]:
+    def pack_kv(
+        self, pool: Tensor, items: Tensor, first_layer: int, num_layers: int, wire: KVWire
+    ) -> tuple[Tensor, Tensor]:
         """See `Backend.pack_kv`."""
         with self._on_device():
-            return kv_pack.pack_kv(pool, block_ids, first_layer, num_layers)
+            return kv_pack.pack_kv(pool, items, first_layer, num_layers, wire)
 
-    def unpack_kv(self, pool: Tensor, block_ids: Tensor, first_layer: int, segment: Tensor) -> None:
+    def unpack_kv(self, pool: Tensor, items: Tensor, first_layer: int, segment: Tensor, wire: KVWire) -> None:
         """See `Backend.unpack_kv`."""
         with self._on_device():
-            kv_pack.unpack_kv(pool, block_ids, first_layer, segment)
+            kv_pack.unpack_kv(pool, items, first_layer, segment, wire)
 
     def digest(self, segment: Tensor) -> Tensor:
         """See `Backend.digest`."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from twostroke_kernels.backend import (
     Backend,
     HeadNorm,
+    KVWire,
     PagedBatch,
     Penalties,
     RotaryTable,
@@ -173,7 +174,10 @@ def blocks(backend: Backend, count: int) -> dict[str, Compute]:
     """What moves whole blocks."""
     shape = (2 * count, 3, 2, MODEL.block_size, MODEL.num_kv_heads, MODEL.head_size)
     pool, ids = fixed(*shape), whole(2 * count, below=1 << 20).argsort()
-    segment, _ = backend.pack_kv(pool, ids[:count], 1, 2)
+    wire = KVWire(MODEL.block_size, pool.dtype)
+    segment, _ = backend.pack_kv(pool, ids[:count], 1, 2, wire)
+    int8 = KVWire(MODEL.block_size, torch.int8)
+    small, _ = backend.pack_kv(pool, ids[:count], 1, 2, int8)
 
     def changed(change: Callable[[Tensor], None]) -> Tensor:
         copy = pool.clone()
@@ -181,9 +185,11 @@ def blocks(backend: Backend, count: int) -> dict[str, Compute]:
         return copy
 
     return {
-        "pack": lambda: backend.pack_kv(pool, ids[:count], 1, 2),
+        "pack": lambda: backend.pack_kv(pool, ids[:count], 1, 2, wire),
         "digest": lambda: backend.digest(segment),
-        "unpack": lambda: changed(lambda copy: backend.unpack_kv(copy, ids[count:], 1, segment)),
+        "unpack": lambda: changed(lambda copy: backend.unpack_kv(copy, ids[count:], 1, segment, wire)),
+        "pack int8": lambda: backend.pack_kv(pool, ids[:count], 1, 2, int8),
+        "unpack int8": lambda: changed(lambda copy: backend.unpack_kv(copy, ids[count:], 1, small, int8)),
         "copy": lambda: changed(lambda copy: backend.copy_blocks(copy, ids[:count], ids[count:])),
     }
 

@@ -1,117 +1,22 @@
-"""Two whole engines in one process, a tiny model, gloo between them: what decode streams is what one engine streams."""
+"""Whole engines in one process, a tiny model, a channel between them: what decode streams is what one engine does."""
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from queue import SimpleQueue
 
 import pytest
-from msgspec.structs import replace
-from twostroke_engine.config import EngineConfig
-from twostroke_engine.loop import EngineLoop
-from twostroke_engine.messages import (
-    OutboxMessage,
-    PeerMessage,
-    RequestEnd,
-    RequestUpdate,
-    Reserve,
-    StepReport,
-    Stop,
-    Submit,
-)
-from twostroke_engine.process import assemble
 from twostroke_engine.request import Request, SamplingParams
-from twostroke_engine.transfer.messages import KVDestination
 
+from tests.support.split_engines import SplitEngines
 from tests.support.tiny_model import make_tiny_llama
 
 MAX_TOKENS = 24
-Streams = dict[tuple[str, int], dict[int, int]]
-
-
-class TwoEngines:
-    """A prefill and a decode engine; their control messages go straight to each other."""
-
-    def __init__(self, model_dir: Path) -> None:
-        self.updates: dict[str, SimpleQueue[RequestUpdate]] = {"prefill": SimpleQueue(), "decode": SimpleQueue()}
-        config = EngineConfig(model_dir=str(model_dir), dtype="float32", num_blocks=128, max_step_tokens=64)
-        self.loops: dict[str, EngineLoop] = {}
-        prefill = replace(config, worker_id="p", worker_epoch=1, sends_kv=True)
-        decode = replace(config, worker_id="d", worker_epoch=2, receives_kv=True)
-        self.loops["prefill"], _ = assemble(prefill, self._outbox("prefill", "decode", "stream"))
-        self.loops["decode"], self.ready = assemble(decode, self._outbox("decode", "prefill", "decode:1"))
-        for loop in self.loops.values():
-            loop.start()
-
-    def run(self, requests: list[Request]) -> Streams:
-        """Reserves, prefills and decodes; the tokens of each choice by offset."""
-        streams: Streams = defaultdict(dict)
-        for request in requests:
-            self.loops["decode"].post(Reserve(request=request, ttl_s=60.0))
-        by_id = {request.id: request for request in requests}
-        self._collect(streams, 2 * len(requests), lambda update: self._granted(by_id[update.request_id], update))
-        return streams
-
-    def run_colocated(self, requests: list[Request]) -> Streams:
-        """The same on the decode engine alone."""
-        streams: Streams = defaultdict(dict)
-        for request in requests:
-            self.loops["decode"].post(Submit(request=request))
-        self._collect(streams, len(requests), lambda update: None)
-        return streams
-
-    def stop(self) -> None:
-        for loop in self.loops.values():
-            loop.post(Stop())
-        for loop in self.loops.values():
-            assert loop.join(10.0)
-
-    def _outbox(self, name: str, other: str, peer: str) -> Callable[[OutboxMessage], None]:
-        def put(message: OutboxMessage) -> None:
-            assert isinstance(message, StepReport), message
-            for entry in message.peers:
-                self.loops[other].post(PeerMessage(peer=peer, message=entry.message))
-            for update in message.requests:
-                self.updates[name].put(update)
-
-        return put
-
-    def _granted(self, request: Request, update: RequestUpdate) -> None:
-        if update.reserved is None:
-            return
-        destination = KVDestination(
-            worker_id="d",
-            endpoint="decode:1",
-            lease_id=update.reserved.lease_id,
-            epoch=update.reserved.epoch,
-            kv_fingerprint=self.ready.kv_spec.fingerprint(),
-            ttl_s=update.reserved.ttl_s,
-        )
-        self.loops["prefill"].post(Submit(request=request, destination=destination))
-
-    def _collect(self, streams: Streams, num_ends: int, seen: Callable[[RequestUpdate], None]) -> None:
-        ends: list[RequestEnd] = []
-        due_s = time.monotonic() + 60.0
-        while len(ends) < num_ends:
-            assert time.monotonic() < due_s, f"{len(ends)} of {num_ends} ends"
-            for queue in self.updates.values():
-                while not queue.empty():
-                    update = queue.get()
-                    for delta in update.deltas:
-                        offsets = enumerate(delta.tokens, start=delta.offset)
-                        streams[update.request_id, delta.choice].update((at, token.id) for at, token in offsets)
-                    seen(update)
-                    ends += [update.end] if update.end else []
-            time.sleep(0.001)
-        assert [end.message for end in ends if end.error is not None] == []
 
 
 @pytest.fixture
-def engines(tmp_path: Path) -> Iterator[TwoEngines]:
-    made = TwoEngines(make_tiny_llama(tmp_path / "model"))
+def engines(tmp_path: Path) -> Iterator[SplitEngines]:
+    made = SplitEngines(make_tiny_llama(tmp_path / "model"))
     yield made
     made.stop()
 
@@ -128,10 +33,84 @@ def make_request(number: int, suffix: str = "") -> Request:
     )
 
 
-def test_split_streams_are_colocated_streams(engines: TwoEngines) -> None:
+def test_split_streams_are_colocated_streams(engines: SplitEngines) -> None:
     split = engines.run([make_request(number) for number in range(20)])
-    whole = engines.run_colocated([make_request(number, "c") for number in range(20)])
+    whole = engines.run_on("alone", [make_request(number, "c") for number in range(20)])
     assert len(split) == 24
     for (request_id, choice), tokens in split.items():
         assert sorted(tokens) == list(range(MAX_TOKENS))
         assert tokens == whole[f"{request_id}c", choice]
+
+
+BLOCK_SIZES = [(16, 16), (16, 64), (64, 16)]
+CHUNK = 64
+"""Token budget of a step."""
+LENGTHS = (1, 15, 16, 17, 63, 64, 65, 2 * CHUNK - 1, 2 * CHUNK, 2 * CHUNK + 1, 200)
+HITS = (0.0, 0.5, 1.0)
+"""Share of a prompt that a side computed before: none, some or all of it."""
+Case = tuple[int, float, float]
+"""Length, hits of the prefill and of the decode engine."""
+
+
+def pairwise() -> list[Case]:
+    """Each length with each hit on either side, and each hit with each hit."""
+    return [(length, HITS[at], HITS[(at + row) % 3]) for row, length in enumerate(LENGTHS) for at in range(3)]
+
+
+def whole_matrix() -> list[Case]:
+    return [(length, prefill, decode) for length in (*LENGTHS, 2000) for prefill in HITS for decode in HITS]
+
+
+def prompt_of(number: int, length: int) -> tuple[int, ...]:
+    """Each prompt differs from every other one in its first tokens, so that hits are those that were meant."""
+    return tuple((number * 7919 + at * at * 31 + at * (number % 13)) % 290 + 3 for at in range(length))
+
+
+def asked(name: str, tokens: tuple[int, ...], max_tokens: int = 12) -> Request:
+    return Request(
+        id=name,
+        token_ids=tokens,
+        sampling=SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True),
+    )
+
+
+def check_matrix(engines: SplitEngines, cases: list[Case], block_sizes: tuple[int, int]) -> None:
+    prompts = [prompt_of(number, length) for number, (length, _, _) in enumerate(cases)]
+    for side, engine in ((1, "prefill"), (2, "decode")):
+        known = [(number, int(case[0] * case[side])) for number, case in enumerate(cases)]  # type: ignore[misc]
+        engines.run_on(engine, [asked(f"k{number}", prompts[number][:count], 1) for number, count in known if count])
+    split = engines.run([asked(f"r{number}", prompt) for number, prompt in enumerate(prompts)])
+    whole = engines.run_on("alone", [asked(f"r{number}", prompt) for number, prompt in enumerate(prompts)])
+    assert [name for name in whole if split[name] != whole[name]] == []
+    for number, (length, _, held) in enumerate(cases):
+        facts = engines.ends["decode", f"r{number}"].facts
+        assert facts.skipped_tokens == int(length * held) // block_sizes[1] * block_sizes[1]
+        assert facts.kv_resends == 0
+
+
+@pytest.mark.parametrize("block_sizes", BLOCK_SIZES, ids=str)
+def test_block_sizes_lengths_and_hits_pairwise(tmp_path: Path, block_sizes: tuple[int, int]) -> None:
+    engines = SplitEngines(make_tiny_llama(tmp_path / "model"), block_sizes, num_tokens=1 << 13, max_step_tokens=CHUNK)
+    check_matrix(engines, pairwise(), block_sizes)
+    engines.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block_sizes", BLOCK_SIZES, ids=str)
+def test_block_sizes_lengths_and_hits_all_with_all(tmp_path: Path, block_sizes: tuple[int, int]) -> None:
+    engines = SplitEngines(make_tiny_llama(tmp_path / "model"), block_sizes, num_tokens=1 << 16, max_step_tokens=CHUNK)
+    check_matrix(engines, whole_matrix(), block_sizes)
+    engines.stop()
+
+
+@pytest.mark.parametrize("wish", ["fp8", "int8"])
+def test_a_lossy_format_halves_the_bytes_and_serves(tmp_path: Path, wish: str) -> None:
+    """The tiny model's heads have 16 numbers: 20 bytes with their scale, of 64 in float32, of 32 in bfloat16."""
+    requests = [asked(f"r{number}", prompt_of(number, 40 + number)) for number in range(4)]
+    engines = SplitEngines(make_tiny_llama(tmp_path / "model"), (16, 64), transfer_dtype=wish)
+    streams = engines.run(requests)
+    engines.stop()
+    assert all(len(stream) == 12 for stream in streams.values())
+    for request in requests:
+        num_items = -(-request.num_prompt_tokens // 16)
+        assert engines.ends["decode", request.id].facts.kv_bytes == num_items * 16 * 2 * 2 * 2 * 20

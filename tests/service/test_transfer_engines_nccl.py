@@ -1,4 +1,4 @@
-"""A prefill and a decode engine process share one GPU and hand KV over NCCL; they pretend to be two hosts."""
+"""A prefill and a decode engine process share one GPU and hand KV over; for NCCL they pretend to be two hosts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_TOKENS = 16
 class Pair:
     """Two engine processes; their control messages are relayed, their news collected."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, channel: str) -> None:
         self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)
         self.ends: list[str] = []
         self.kv_bytes = 0
@@ -36,9 +36,10 @@ class Pair:
             "dtype": "float32",
             "num_blocks": 128,
             "max_step_tokens": 64,
+            "channels": (channel,),
         }
-        self.prefill.send(EngineConfig(**config, worker_id="p", worker_epoch=1, max_step_tokens=64, sends_kv=True))  # type: ignore[arg-type]
-        self.decode.send(EngineConfig(**config, worker_id="d", worker_epoch=2, max_step_tokens=64, receives_kv=True))  # type: ignore[arg-type]
+        self.prefill.send(EngineConfig(**config, worker_id="p", worker_epoch=1, sends_kv=True))  # type: ignore[arg-type]
+        self.decode.send(EngineConfig(**config, worker_id="d", worker_epoch=2, receives_kv=True))  # type: ignore[arg-type]
         for child in (self.prefill, self.decode):
             ready = child.receive()
             assert isinstance(ready, EngineReady), ready
@@ -91,9 +92,10 @@ def make_request(name: str, number: int) -> Request:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("channel", ["collective", "shm", "tcp"])
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA device")
-def test_split_answers_are_colocated_answers(tmp_path: Path) -> None:
-    pair = Pair(make_tiny_llama(tmp_path))
+def test_split_answers_are_colocated_answers(tmp_path: Path, channel: str) -> None:
+    pair = Pair(make_tiny_llama(tmp_path), channel)
     try:
         pair.run([make_request("s", number) for number in range(8)], Reserve)
         pair.run([make_request("c", number) for number in range(8)], Submit)

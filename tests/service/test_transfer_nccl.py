@@ -28,7 +28,7 @@ if side == "send":
     sys.stdin.readline()
 else:
     listener = scheme.listen()
-    print(listener.endpoint, flush=True)
+    print(listener.endpoint("pair"), flush=True)
     channel = listener.accept("pair")
     for _ in range(10):
         found = torch.zeros_like(payload)

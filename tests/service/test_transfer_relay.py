@@ -31,6 +31,11 @@ HELLO = PairHello(
     model_fingerprint="m",
     pair_id="pair",
     channels=("collective",),
+    tokenizer_hash="t",
+    block_size=16,
+    kv_dtype="float32",
+    transfer_dtype="auto",
+    wire_dtypes=("float32", "int8"),
 )
 OPENED = TransferOpened(lease_id="l", epoch=1, num_held_blocks=0)
 

@@ -259,7 +259,7 @@ async def test_a_router_that_does_not_read_stalls_no_one(decode: str) -> None:
 
 
 async def test_sigterm_unregisters_finishes_what_runs_and_exits_well(spawn: Spawn, servers: tuple[str, str]) -> None:
-    worker = spawn("decode", "--id", "draining")
+    worker = spawn("decode", "--id", "draining", "--channels", "tcp,collective")
     endpoint = worker.endpoint()
     async with Membership(servers[0], "default") as membership, RouterClient(endpoint, "r") as router:
         watch = membership.watch()
@@ -268,6 +268,7 @@ async def test_sigterm_unregisters_finishes_what_runs_and_exits_well(spawn: Spaw
                 break
         assert change.record.endpoint == endpoint
         assert change.record.block_size == 16
+        assert change.record.channels == ("tcp", "collective:gloo")
         await router.submit("running", PROMPT, n=4, max_tokens=600)
         await router.until(lambda: router.num_tokens("running") >= 1)
         worker.terminate()

@@ -95,6 +95,7 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServicer):
             "kv_fingerprint": "k",
             "block_size": 16,
             "max_model_len": 256,
+            "channels": ("tcp",),
         }
         return WorkerRecord(**{**given, **self._record})
 

@@ -25,7 +25,7 @@ SETTINGS = settings(max_examples=200, deadline=None)
 
 def candidate(worker_id: str, role: Literal["prefill", "decode"] = "decode", **more: Any) -> Candidate:
     given = {"model_fingerprint": "m", "kv_fingerprint": "k", "block_size": 16, "max_model_len": 1024}
-    return Candidate(worker_id=worker_id, role=role, **{**given, "blocks_available": 64, **more})
+    return Candidate(worker_id=worker_id, role=role, **{**given, "channels": ("tcp",), "blocks_available": 64, **more})
 
 
 ROLES: st.SearchStrategy[Literal["prefill", "decode"]] = st.sampled_from(["prefill", "decode"])
@@ -38,6 +38,7 @@ def views(draw: st.DrawFn) -> View:
             f"w{place}",
             draw(ROLES),
             kv_fingerprint=draw(st.sampled_from(["k", "k", "other"])),
+            channels=draw(st.sampled_from([("shm:a", "tcp"), ("shm:b", "tcp"), ("tcp",), ("shm:a",), ("shm:b",)])),
             max_model_len=draw(st.sampled_from([128, 1024])),
             running=draw(st.integers(0, 8)),
             waiting=draw(st.integers(0, 4)),
@@ -82,8 +83,9 @@ def test_a_placement_is_possible(policy: Policy, shape: RequestShape, view: View
         assert prefill in prefills
     if prefill and decode:
         assert prefill.kind == decode.kind
+        assert set(prefill.channels) & set(decode.channels)
     if prefill is None and not shape.avoid:
-        assert not any(p.kind == d.kind for p in prefills for d in decodes)
+        assert not any(p.hands_over_to(d) for p in prefills for d in decodes)
 
 
 @SETTINGS
@@ -156,6 +158,14 @@ def test_without_prefill_workers_decode_runs_the_whole() -> None:
 def test_another_kind_of_kv_is_never_paired() -> None:
     prefill, decode = candidate("p", "prefill", kv_fingerprint="bf16"), candidate("d", kv_fingerprint="fp32")
     assert placed(SHAPE, View((prefill, decode))).prefill is None
+
+
+@POLICIES
+def test_block_sizes_may_differ_but_not_tokenizers(policy: Policy) -> None:
+    prefill, decode = candidate("p", "prefill", block_size=64), candidate("d", block_size=16)
+    assert placed(SHAPE, View((prefill, decode)), policy).prefill == "p"
+    other = candidate("p", "prefill", tokenizer_hash="other")
+    assert placed(SHAPE, View((other, decode)), policy).prefill is None
 
 
 @POLICIES

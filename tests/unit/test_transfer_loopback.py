@@ -15,6 +15,7 @@ from twostroke_engine.transfer.messages import (
     TransferOpened,
 )
 
+from tests.support.channel_schemes import make_scheme
 from tests.support.transfer_ends import (
     NUM_LAYERS,
     SPEC,
@@ -30,9 +31,9 @@ from tests.support.transfer_ends import (
 )
 
 
-@pytest.fixture
-def link() -> Iterator[Link]:
-    scheme = LoopbackScheme(5.0)
+@pytest.fixture(params=["loopback", "tcp", "shm"])
+def link(request: pytest.FixtureRequest) -> Iterator[Link]:
+    scheme = make_scheme(request.param, 5.0)
     made = Link(Sending(scheme), Receiving(scheme))
     yield made
     made.close()
@@ -238,5 +239,5 @@ def test_close_ends_the_threads() -> None:
 
 def test_an_unknown_scheme_is_an_error() -> None:
     factory = ChannelFactory([LoopbackScheme(1.0)])
-    with pytest.raises(ChannelError, match="no channel for 'nixl://x'"):
+    with pytest.raises(ChannelError, match="no channel for nixl; have loopback"):
         factory.connect("nixl://x", "pair")

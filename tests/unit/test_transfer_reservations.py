@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from twostroke_engine.kv.spec import PROTOCOL_VERSION
 from twostroke_engine.request import ErrorCode
 from twostroke_engine.transfer.loopback import LoopbackScheme
 from twostroke_engine.transfer.messages import (
@@ -96,12 +97,17 @@ def test_a_prompt_larger_than_the_pool_is_refused() -> None:
 
 def hello_with(**fields: object) -> PairHello:
     common: dict[str, object] = {
-        "version": 1,
+        "version": PROTOCOL_VERSION,
         "worker_id": "p9",
         "worker_epoch": 1,
         "kv_fingerprint": SPEC.fingerprint(),
         "model_fingerprint": "model",
         "pair_id": "pair",
+        "tokenizer_hash": "",
+        "block_size": SPEC.block_size,
+        "kv_dtype": SPEC.dtype,
+        "transfer_dtype": "auto",
+        "wire_dtypes": ("float32", "int8"),
         "channels": ("loopback",),
     }
     return PairHello(**(common | fields))  # type: ignore[arg-type]
@@ -110,9 +116,15 @@ def hello_with(**fields: object) -> PairHello:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"version": 2}, "protocol 2"),
+        ({"version": 1}, "transfer protocol 1; this worker speaks 2"),
         ({"kv_fingerprint": "other"}, "shapes"),
         ({"model_fingerprint": "other"}, "models differ"),
+        ({"tokenizer_hash": "other"}, "tokenizers differ"),
+        ({"block_size": 24}, "blocks of 24 tokens"),
+        ({"block_size": 0}, "blocks of 0 tokens"),
+        ({"transfer_dtype": "int8"}, "heads of 2 numbers cannot travel as int8"),
+        ({"transfer_dtype": "fp8"}, "the sender cannot convert 'float8_e4m3fn'"),
+        ({"transfer_dtype": "int3"}, "the sender cannot convert 'int3'"),
         ({"channels": ("collective",)}, "no common channel"),
     ],
 )

@@ -227,9 +227,10 @@ def structs_of(struct: type, **fields: st.SearchStrategy[object]) -> st.SearchSt
     return st.builds(struct, **drawn, **fields)
 
 
+TEXTS = st.lists(TEXT, max_size=3).map(tuple)
 FIRST = st.lists(st.builds(transfer.FirstToken, UINT32, UINT32, st.booleans()), max_size=3).map(tuple)
 SENDER = st.one_of(
-    structs_of(transfer.PairHello, worker_epoch=UINT64, channels=st.lists(TEXT, max_size=3).map(tuple)),
+    structs_of(transfer.PairHello, worker_epoch=UINT64, channels=TEXTS, wire_dtypes=TEXTS),
     structs_of(transfer.OpenTransfer),
     structs_of(transfer.SegmentReady, num_bytes=UINT64, digests=st.lists(UINT64, max_size=4).map(tuple)),
     structs_of(transfer.CommitTransfer, first=FIRST),

@@ -38,6 +38,14 @@ def test_the_batch_invariant_mode_reaches_the_engine() -> None:
     assert not engine_config().batch_invariant
 
 
+def test_channels_are_names_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    assert engine_config().channels == ()
+    assert engine_config("--channels", "tcp,shm").channels == ("tcp", "shm")
+    with pytest.raises(SystemExit):
+        engine_config("--channels", "tcp,nixl")
+    assert "--channels: expected some of shm,collective,tcp, got 'nixl'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("fraction", ["0", "1.01", "nan"])
 def test_a_fraction_is_a_fraction(fraction: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

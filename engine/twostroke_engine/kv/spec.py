@@ -10,6 +10,9 @@ from hashlib import blake2b
 
 import msgspec
 
+PROTOCOL_VERSION = 2
+"""Of KV transfers between workers: messages, order on the wire, conversions and digests."""
+
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -55,5 +58,9 @@ class KVSpec(msgspec.Struct, frozen=True, kw_only=True):
         return -(-num_tokens // self.block_size)
 
     def fingerprint(self) -> str:
-        """Equal if and only if KV of one cache can be used in the other as it is."""
-        return blake2b(msgspec.msgpack.encode(self), digest_size=8).hexdigest()
+        """Equal if and only if KV of one cache can be used in the other, converted on the way if need be.
+
+        So it is of the layers alone: block sizes and number formats are settled at a pair's handshake. It differs
+        between versions of the transfer protocol, so that workers of two are never chosen for each other.
+        """
+        return blake2b(msgspec.msgpack.encode((PROTOCOL_VERSION, self.groups)), digest_size=8).hexdigest()

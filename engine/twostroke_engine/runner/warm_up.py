@@ -7,10 +7,13 @@ chosen, forks, transfers, and attention beside prompt chunks, whose split depend
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
-from twostroke_kernels.backend import PagedBatch, Penalties, SamplingRows
+from twostroke_kernels.backend import KVWire, PagedBatch, Penalties, SamplingRows
+
+from twostroke_engine.kv.hashing import HASH_UNIT_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,16 +68,25 @@ def _ways(device: torch.device) -> Iterator[SamplingRows]:
 
 
 def warm_blocks(backend: Backend, kv_pool: Tensor) -> None:
-    """Copies of blocks, and both ends of a transfer, of one layer and of all."""
+    """Copies of blocks, and both ends of a transfer, of one layer and of all, whatever the peer stores."""
     if kv_pool.shape[0] < 2:
         return
     both = torch.arange(2, device=backend.device)
     first, second = both[:1], both[1:]
     backend.copy_blocks(kv_pool, first, second)
-    for num_layers in {1, kv_pool.shape[1]}:
-        segment, _ = backend.pack_kv(kv_pool, first, 0, num_layers)
-        backend.unpack_kv(kv_pool, first, 0, segment)
+    for wire, num_layers in product(_wires(kv_pool), {1, kv_pool.shape[1]}):
+        segment, _ = backend.pack_kv(kv_pool, first, 0, num_layers, wire)
+        backend.unpack_kv(kv_pool, second * wire.split(kv_pool), 0, segment, wire)
         backend.digest(segment)
+
+
+def _wires(kv_pool: Tensor) -> Iterator[KVWire]:
+    """Blocks as they are, or as small as they may be; numbers as they are, or in one byte. All as they are comes last,
+    so that the second block ends as a copy of the first."""
+    block_size, head_size = kv_pool.shape[3], kv_pool.shape[5]
+    dtypes = (*(() if head_size % 4 else (torch.float8_e4m3fn, torch.int8)), kv_pool.dtype)
+    for size, dtype in product(sorted({HASH_UNIT_TOKENS, block_size}), dtypes):
+        yield KVWire(size, dtype)
 
 
 def warm_attention(backend: Backend, kv_pool: Tensor, model: ModelConfig, max_rows: int, max_model_len: int) -> None:

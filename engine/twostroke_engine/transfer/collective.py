@@ -90,11 +90,15 @@ class CollectiveListener:
         self._store: TCPStore | None = TCPStore(
             host, port, None, True, timeout, wait_for_workers=False, master_listen_fd=listening.detach()
         )
-        self.endpoint = f"collective://{host}:{port}"
+        self._endpoint = f"collective://{host}:{port}"
+
+    def endpoint(self, pair_id: str) -> str:
+        """The store's address; pairs are kept apart by their ids."""
+        return self._endpoint
 
     def accept(self, pair_id: str) -> KVChannel:
         """Meets a sender through an own connection: one client of a store serialises its threads."""
-        return self._scheme.join(self.endpoint, pair_id, RECEIVER_RANK)
+        return self._scheme.join(self._endpoint, pair_id, RECEIVER_RANK)
 
     def close(self) -> None:
         """Stops the store."""
@@ -110,7 +114,9 @@ class CollectiveScheme:
         self._device = device
         self._host = host
         self._timeout = timedelta(seconds=timeout_s)
-        self._build = self._nccl_group if device.type == "cuda" else self._gloo_group
+        is_cuda = device.type == "cuda"
+        self._build = self._nccl_group if is_cuda else self._gloo_group
+        self.ability = "collective:nccl" if is_cuda else "collective:gloo"
 
     def listen(self) -> CollectiveListener:
         """Hosts a store."""

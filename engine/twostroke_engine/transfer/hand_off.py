@@ -113,7 +113,7 @@ class HandOff:
         self._chunks[-1].marks[layer] = mark
 
     def opened(self, num_held_blocks: int) -> None:
-        """The receiver has blocks, and holds some of the content."""
+        """The receiver has blocks, and holds some of the content, in blocks of the wire."""
         if self.state is HandOffState.OPENING:
             self.state = HandOffState.SENDING
             self.answer_due_s = None
@@ -162,7 +162,7 @@ class HandOff:
         )
 
     def outcome(self, error: str, now_s: float, block_size: int) -> HandOffOutcome:
-        """How it ended."""
+        """How it ended; `block_size` is the wire's."""
         return HandOffOutcome(
             request_id=self.request_id,
             error=error,
@@ -176,7 +176,7 @@ class HandOff:
     def _next_new(self, shape: SegmentShape) -> Piece | None:
         for chunk in self._chunks:
             if chunk.plan is None:
-                chunk.plan = plan_transfer(shape, chunk.blocks, self._num_held)
+                chunk.plan = plan_transfer(shape, chunk.blocks, self.num_tokens, self._num_held)
             ready = chunk.plan.ready(chunk.num_taken, chunk.layer)
             if ready:
                 chunk.num_taken += 1

@@ -82,12 +82,16 @@ class LoopbackListener:
     """The receiving end of a name."""
 
     def __init__(self, scheme: LoopbackScheme, endpoint: str) -> None:
-        self.endpoint = endpoint
+        self._endpoint = endpoint
         self._scheme = scheme
+
+    def endpoint(self, pair_id: str) -> str:
+        """The name; pairs are kept apart by their ids."""
+        return self._endpoint
 
     def accept(self, pair_id: str) -> KVChannel:
         """Waits for the pair's sender."""
-        return self._scheme.join(self.endpoint, pair_id, awaited="sender")
+        return self._scheme.join(self._endpoint, pair_id, awaited="sender")
 
     def close(self) -> None:
         """Nothing to stop: a pair that no one accepts times out."""
@@ -97,6 +101,7 @@ class LoopbackScheme:
     """Pairs by name; the two ends share one object of this class."""
 
     name = "loopback"
+    ability = "loopback"
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s

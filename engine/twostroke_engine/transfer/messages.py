@@ -32,6 +32,13 @@ class PairHello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     model_fingerprint: str
     pair_id: str
     channels: tuple[str, ...]
+    """Abilities, best first; see `transfer/channel.py`."""
+    tokenizer_hash: str
+    block_size: int
+    kv_dtype: str
+    transfer_dtype: str
+    wire_dtypes: tuple[str, ...]
+    """These and the fingerprints: see `KVSide`."""
 
 
 class OpenTransfer(msgspec.Struct, frozen=True, kw_only=True, tag="open"):
@@ -44,7 +51,8 @@ class OpenTransfer(msgspec.Struct, frozen=True, kw_only=True, tag="open"):
 
 
 class SegmentReady(msgspec.Struct, frozen=True, kw_only=True, tag="segment"):
-    """Announces one channel message: layers x blocks of one lease, `[block, layer, k|v, token, head, dim]`."""
+    """Announces one channel message: layers x blocks of one lease, `[block, layer, k|v, token, head, dim]`, where a
+    block is the wire's (`PairWelcome`), counted from the prompt's first token."""
 
     lease_id: str
     epoch: int
@@ -55,7 +63,7 @@ class SegmentReady(msgspec.Struct, frozen=True, kw_only=True, tag="segment"):
     num_blocks: int
     num_bytes: int
     digests: tuple[int, ...]
-    """One per block, unsigned 64-bit, over the block's bytes of these layers."""
+    """One per block, unsigned 64-bit, over the block's bytes of these layers as they travel."""
 
 
 class FirstToken(msgspec.Struct, frozen=True, array_like=True):
@@ -90,11 +98,15 @@ class PairWelcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
     worker_id: str = ""
     worker_epoch: int = 0
     channel: str = ""
-    """`scheme://...`; the scheme chooses the channel."""
+    """`scheme://...`, for this pair; the scheme is the one that was agreed on."""
+    block_size: int = 0
+    """Tokens in a block on the wire."""
+    wire_dtype: str = ""
+    """Number format on the wire."""
 
 
 class TransferOpened(msgspec.Struct, frozen=True, kw_only=True, tag="opened"):
-    """The lease's blocks are bound; the first `num_held_blocks` need not be sent."""
+    """The lease's blocks are bound; the first `num_held_blocks` on the wire need not be sent."""
 
     lease_id: str
     epoch: int

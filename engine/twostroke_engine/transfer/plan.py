@@ -1,16 +1,20 @@
-"""What to send of a prompt, and when: segments that tile layers x blocks exactly once. Pure, torch-free.
+"""What to send of a prompt, and when: segments that tile layers x tokens exactly once. Pure, torch-free.
 
 A prompt is computed in chunks and a chunk layer by layer, so its KV becomes ready as a staircase. `plan_transfer` cuts
 one chunk's part of it into segments, leaves out the blocks that decode holds already, and says after which layer of the
 forward pass each segment may go. `Tiling` is the receiver's proof that nothing is missing and nothing came twice.
+
+Segments count in blocks of the wire, of which whole numbers make a block of either side. A hit is whole blocks of the
+side that has it, so it is whole blocks of the wire, wherever it ends in a block of the other side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from twostroke_engine.transfer.layout import KVLayout
+from twostroke_engine.transfer.wire import WireFormat
 
 MAX_SEGMENT_BYTES = 32 << 20
 """Larger segments gain no bandwidth and need a larger staging buffer on both sides."""
@@ -21,7 +25,7 @@ BEFORE_STEP = -1
 
 @dataclass(frozen=True, slots=True)
 class KVSegment:
-    """One channel message: layers x blocks x heads; blocks are counted from the prompt's first."""
+    """One channel message: layers x blocks x heads; the wire's blocks are counted from the prompt's first."""
 
     first_layer: int
     num_layers: int
@@ -55,6 +59,12 @@ class ChunkBlocks:
     num_hit_blocks: int
     num_ready_blocks: int
 
+    def divided(self, split: int, num_blocks: int) -> ChunkBlocks:
+        """The same in blocks of which `split` make one of these, and `num_blocks` the prompt: the last ones of a
+        partial block hold no token."""
+        first, hit, ready = self.first_block * split, self.num_hit_blocks * split, self.num_ready_blocks * split
+        return ChunkBlocks(min(first, num_blocks), min(hit, num_blocks), min(ready, num_blocks))
+
     def without(self, num_held_blocks: int) -> ChunkBlocks:
         """The same, less the leading blocks that the receiver holds."""
         first = max(self.first_block, num_held_blocks)
@@ -63,15 +73,34 @@ class ChunkBlocks:
 
 @dataclass(frozen=True, slots=True)
 class SegmentShape:
-    """How large segments are."""
+    """How large segments are, and what they are made of."""
 
     layout: KVLayout
+    """Heads and layers that travel, of one side's cache."""
     layers_per_segment: int
+    wire: WireFormat
     max_bytes: int = MAX_SEGMENT_BYTES
 
     def __post_init__(self) -> None:
+        if self.layout.spec.block_size % self.wire.block_size:
+            raise ValueError(f"items of {self.wire.block_size} tokens, blocks of {self.layout.spec.block_size}")
         if self.layers_per_segment < 1:
             raise ValueError(f"layers_per_segment must be positive, not {self.layers_per_segment}")
+
+    @property
+    def split(self) -> int:
+        """Blocks of the wire in a block of this side."""
+        return self.layout.spec.block_size // self.wire.block_size
+
+    @property
+    def layer_block_bytes(self) -> int:
+        """Bytes of one layer of one block on the wire."""
+        return self.wire.layer_block_bytes(self.layout.num_heads, self.layout.head_dim)
+
+    def items(self, segment: KVSegment, block_ids: Sequence[int]) -> list[int]:
+        """Where a segment's blocks lie in this side's blocks of the prompt, see `Backend.pack_kv`."""
+        places = range(segment.first_block, segment.first_block + segment.num_blocks)
+        return [block_ids[place // self.split] * self.split + place % self.split for place in places]
 
     def layer_groups(self, layers: int) -> Iterator[tuple[int, int]]:
         """(first layer, how many) of groups of `layers` layers; the last one may be smaller."""
@@ -81,7 +110,7 @@ class SegmentShape:
 
     def block_runs(self, first: int, end: int, num_layers: int) -> Iterator[tuple[int, int]]:
         """(first block, how many) of runs of blocks [first, end) whose `num_layers` layers fit in a segment."""
-        run = max(1, self.max_bytes // (num_layers * self.layout.layer_block_bytes))
+        run = max(1, self.max_bytes // (num_layers * self.layer_block_bytes))
         for start in range(first, end, run):
             yield start, min(run, end - start)
 
@@ -91,17 +120,18 @@ class SegmentShape:
         return done % self.layers_per_segment == 0 or done == self.layout.num_layers
 
 
-def plan_transfer(shape: SegmentShape, chunk: ChunkBlocks, num_held_blocks: int) -> KVTransferPlan:
+def plan_transfer(shape: SegmentShape, chunk: ChunkBlocks, num_tokens: int, num_held_blocks: int) -> KVTransferPlan:
     """Cuts one chunk into segments.
 
     Args:
-        shape: layers of a segment, and its largest size.
-        chunk: what the chunk makes ready; consecutive chunks begin where the one before ended.
-        num_held_blocks: leading blocks of the prompt that the receiver has: not sent.
+        shape: layers of a segment, its largest size, and what travels.
+        chunk: what the chunk makes ready, in the sender's blocks; consecutive chunks begin where the one before ended.
+        num_tokens: length of the prompt.
+        num_held_blocks: leading blocks of the prompt that the receiver has, in blocks of the wire: not sent.
     """
-    left = chunk.without(num_held_blocks)
+    left = chunk.divided(shape.split, shape.wire.num_blocks(num_tokens)).without(num_held_blocks)
     hit_layers = shape.layout.num_layers
-    if hit_layers * shape.layout.layer_block_bytes > shape.max_bytes:
+    if hit_layers * shape.layer_block_bytes > shape.max_bytes:
         hit_layers = shape.layers_per_segment
     segments = [*_cut(shape, left.first_block, left.num_hit_blocks, hit_layers, is_hit=True)]
     segments += _cut(shape, left.num_hit_blocks, left.num_ready_blocks, shape.layers_per_segment, is_hit=False)
@@ -117,13 +147,18 @@ def _cut(shape: SegmentShape, first: int, end: int, layers: int, *, is_hit: bool
 
 
 class Tiling:
-    """Which cells (layer, block) of a prompt have arrived; blocks before `first_block` are not expected."""
+    """Which cells (layer, block of the wire) of a prompt have arrived; blocks before `first_block` are not expected."""
 
     def __init__(self, num_layers: int, first_block: int, num_blocks: int) -> None:
         self._first_block = first_block
         self._end_block = num_blocks
         self._expected = (1 << num_blocks) - (1 << first_block)
         self._layers = [0] * num_layers
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the prompt."""
+        return self._end_block
 
     @property
     def is_complete(self) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from twostroke_engine.transfer.channel import ChannelError, ChannelListener, KVChannel
-from twostroke_engine.transfer.context import TransferContext
+from twostroke_engine.transfer.context import TransferContext, kernel_wire
 from twostroke_engine.transfer.device import Mark
 from twostroke_engine.transfer.mailbox import Mailbox
 from twostroke_engine.transfer.messages import (
@@ -31,6 +31,7 @@ from twostroke_engine.transfer.messages import (
     SegmentResult,
 )
 from twostroke_engine.transfer.plan import MAX_SEGMENT_BYTES, KVSegment, Tiling
+from twostroke_engine.transfer.wire import WireFormat
 
 _IDLE_S = 5.0
 
@@ -92,8 +93,16 @@ class PairReports:
 class ReceivePair:
     """One pair's receiving side."""
 
-    def __init__(self, pair_id: str, context: TransferContext, listener: ChannelListener, reports: PairReports) -> None:
+    def __init__(
+        self,
+        pair_id: str,
+        context: TransferContext,
+        wire: WireFormat,
+        listener: ChannelListener,
+        reports: PairReports,
+    ) -> None:
         self.pair_id = pair_id
+        self.shape = context.shape_on(wire)
         self._context = context
         self._listener = listener
         self._reports = reports
@@ -130,6 +139,8 @@ class ReceivePair:
         self._grants[grant.lease_id, grant.epoch] = grant
         if self._failure:
             self._end(grant, Ending.FAILED, self._failure)
+        else:
+            self._clear_rest(grant)
 
     def revoke(self, lease_id: str, epoch: int) -> None:
         """The engine gives a lease up."""
@@ -179,8 +190,8 @@ class ReceivePair:
             message.num_layers,
             message.first_block,
             message.num_blocks,
-            self._context.shape.layout.first_head,
-            self._context.shape.layout.num_heads,
+            self.shape.layout.first_head,
+            self.shape.layout.num_heads,
         )
         if not grant.tiling.fits(segment) or payload.numel() != self._num_bytes(segment):
             self._end(grant, Ending.FAILED, f"segment {message.number} does not fit the lease")
@@ -210,16 +221,23 @@ class ReceivePair:
         """Compares the digests, then writes; False, and nothing is written, if one differs."""
         context = self._context
         with context.device.work(grant.after):
-            typed = payload.view(context.pool.dtype)
-            packed = typed.view(segment.num_blocks, segment.num_layers, *context.pool.shape[2:])
+            packed = payload.view(segment.num_blocks, -1)
             found = [digest & 0xFFFF_FFFF_FFFF_FFFF for digest in context.backend.digest(packed).tolist()]
             if found != list(digests):
                 return False
-            blocks = grant.block_ids[segment.first_block : segment.first_block + segment.num_blocks]
-            ids = torch.tensor(blocks, dtype=torch.int64, device=context.pool.device)
-            context.backend.unpack_kv(context.pool, ids, segment.first_layer, packed)
+            items = self.shape.items(segment, grant.block_ids)
+            ids = torch.tensor(items, dtype=torch.int64, device=context.pool.device)
+            context.backend.unpack_kv(context.pool, ids, segment.first_layer, packed, kernel_wire(self.shape.wire))
         grant.tiling.add(segment)
         return True
+
+    def _clear_rest(self, grant: WriteGrant) -> None:
+        """Zeroes what no item covers of a last block: what an earlier user left there may be NaN."""
+        num_missing = len(grant.block_ids) * self.shape.split - grant.tiling.num_blocks
+        if num_missing:
+            context, num_tokens = self._context, num_missing * self.shape.wire.block_size
+            with context.device.work(grant.after):
+                context.pool[grant.block_ids[-1], :, :, -num_tokens:].zero_()
 
     def _commit(self, message: CommitTransfer) -> None:
         """All segments before it were dealt with: the mailbox keeps their order."""
@@ -261,4 +279,4 @@ class ReceivePair:
         self._break(self._stop_reason)
 
     def _num_bytes(self, segment: KVSegment) -> int:
-        return segment.num_layers * segment.num_blocks * self._context.shape.layout.layer_block_bytes
+        return segment.num_layers * segment.num_blocks * self.shape.layer_block_bytes

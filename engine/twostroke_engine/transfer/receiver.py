@@ -6,15 +6,18 @@ capacity can be promised, gets blocks when the sender opens it, and ends in the 
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from functools import partial
 from itertools import count
 
 from twostroke_engine.kv.hashing import block_hashes
+from twostroke_engine.kv.spec import PROTOCOL_VERSION
 from twostroke_engine.messages import LeaseGrant, PeerMessage, RequestEnd, RequestUpdate
 from twostroke_engine.request import ErrorCode, Request, RequestFacts
-from twostroke_engine.transfer.context import PROTOCOL_VERSION, TransferContext
+from twostroke_engine.transfer.channel import scheme_of
+from twostroke_engine.transfer.context import TransferContext
 from twostroke_engine.transfer.end import DecodeHost
 from twostroke_engine.transfer.lease import LeaseState
 from twostroke_engine.transfer.mailbox import Mailbox
@@ -34,6 +37,9 @@ from twostroke_engine.transfer.outgoing import Outgoing
 from twostroke_engine.transfer.plan import Tiling
 from twostroke_engine.transfer.receive_pair import Ending, PairReports, ReceivePair, WriteEnd, WriteGrant
 from twostroke_engine.transfer.reservation import Reservation, WaitingRequest
+from twostroke_engine.transfer.wire import CannotPair, KVSide, WireFormat, choose_wire
+
+log = logging.getLogger(__name__)
 
 _JOIN_S = 0.5
 
@@ -51,7 +57,7 @@ class KVReceiver:
         self._context = context
         self._host = host
         self._wake = wake
-        self._listener = context.channels.listen()
+        self._listeners = context.channels.listen()
         self._calls = Mailbox()
         self._outgoing = Outgoing(wake)
         self._numbers = count(1)
@@ -131,7 +137,7 @@ class KVReceiver:
         pairs = list(self._pairs.values())
         for peer in list(self._pairs):
             self._drop_pair(peer, "the decode worker stops")
-        self._listener.close()
+        self._listeners.close()
         for pair in pairs:
             pair.join(_JOIN_S)
 
@@ -168,15 +174,23 @@ class KVReceiver:
 
     def _hello(self, peer: str, message: PairHello) -> None:
         self._drop_pair(peer, "the prefill worker made a new pair")
-        refused = self._refusal(message)
-        if not refused:
+        refused, channel, wire = "", "", WireFormat(0, "")
+        try:
+            wire = self._settle(message)
+        except CannotPair as error:
+            refused = str(error)
+            log.warning("prefill worker %s is refused: %s", message.worker_id, refused)
+        else:
+            listener = self._listeners.choose(message.channels)
+            channel = listener.endpoint(message.pair_id)
+            log.info("pair %s: KV comes over %s as %s", message.pair_id, scheme_of(channel), wire)
             reports = PairReports(
                 say=partial(self._outgoing.say, peer),
                 ended=partial(self._post, self._write_ended),
                 received=self._post_received,
                 broken=partial(self._post, self._pair_broken, peer, message.pair_id),
             )
-            pair = self._pairs[peer] = ReceivePair(message.pair_id, self._context, self._listener, reports)
+            pair = self._pairs[peer] = ReceivePair(message.pair_id, self._context, wire, listener, reports)
             pair.start()
         self._outgoing.say(
             peer,
@@ -184,7 +198,9 @@ class KVReceiver:
                 refused=refused,
                 worker_id=self._context.worker_id,
                 worker_epoch=self._context.worker_epoch,
-                channel=self._listener.endpoint,
+                channel=channel,
+                block_size=wire.block_size,
+                wire_dtype=wire.dtype,
             ),
         )
 
@@ -193,16 +209,14 @@ class KVReceiver:
         if pair is not None:
             pair.post(pair.hear, message)
 
-    def _refusal(self, message: PairHello) -> str:
-        context = self._context
+    def _settle(self, message: PairHello) -> WireFormat:
+        """What the pair will send, or `CannotPair`."""
         if message.version != PROTOCOL_VERSION:
-            return f"transfer protocol {message.version}; this worker speaks {PROTOCOL_VERSION}"
-        if message.kv_fingerprint != context.spec.fingerprint():
-            return "the KV caches have different shapes"
-        if message.model_fingerprint != context.model_fingerprint:
-            return "the models differ"
-        scheme = self._listener.endpoint.partition("://")[0]
-        return "" if scheme in message.channels else f"no common channel; this worker has {scheme}"
+            raise CannotPair(f"transfer protocol {message.version}; this worker speaks {PROTOCOL_VERSION}")
+        if reason := self._listeners.refusal(message.channels):
+            raise CannotPair(reason)
+        theirs = KVSide(**{name: getattr(message, name) for name in KVSide.__struct_fields__})
+        return choose_wire(theirs, self._context.side, self._context.shape.layout.head_dim)
 
     def _open(self, peer: str, message: OpenTransfer) -> None:
         pair, reservation = self._pairs.get(peer), self._leases.get(message.lease_id)
@@ -218,10 +232,9 @@ class KVReceiver:
             self._outgoing.say(peer, closed)
             return
         self._bind(reservation, peer, pair)
-        self._outgoing.say(
-            peer,
-            TransferOpened(lease_id=message.lease_id, epoch=message.epoch, num_held_blocks=reservation.num_held_blocks),
-        )
+        num_held = reservation.num_held_blocks * pair.shape.split
+        opened = TransferOpened(lease_id=message.lease_id, epoch=message.epoch, num_held_blocks=num_held)
+        self._outgoing.say(peer, opened)
 
     def _bind(self, reservation: Reservation, peer: str, pair: ReceivePair) -> None:
         """The promise becomes blocks, in one breath; hits first, so that they are not evicted for the rest."""
@@ -233,7 +246,9 @@ class KVReceiver:
         pool.acquire(held)
         block_ids = (*held, *pool.allocate(num_blocks - len(held)))
         reservation.bind(peer, block_ids, tuple(hashes), len(held), self._context.clock())
-        tiling = Tiling(spec.num_layers, len(held), num_blocks)
+        # Hits are whole blocks of ours, so whole items of the wire, wherever they end in a block of the sender.
+        num_items = pair.shape.wire.num_blocks(request.num_prompt_tokens)
+        tiling = Tiling(spec.num_layers, min(len(held) * pair.shape.split, num_items), num_items)
         mark = self._context.device.mark()
         pair.post(pair.grant, WriteGrant(reservation.lease.lease_id, reservation.lease.epoch, block_ids, tiling, mark))
 

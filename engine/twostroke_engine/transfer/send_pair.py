@@ -7,13 +7,16 @@ answers (the control stream keeps their order); segments wait for both.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from threading import Thread
 
+import msgspec
 import torch
 
-from twostroke_engine.transfer.channel import ChannelError, KVChannel
-from twostroke_engine.transfer.context import PROTOCOL_VERSION, TransferContext
+from twostroke_engine.kv.spec import PROTOCOL_VERSION
+from twostroke_engine.transfer.channel import ChannelError, KVChannel, scheme_of
+from twostroke_engine.transfer.context import TransferContext, kernel_wire
 from twostroke_engine.transfer.device import Mark
 from twostroke_engine.transfer.end import ChunkOfHandOff, HandOffOutcome
 from twostroke_engine.transfer.hand_off import HandOff, HandOffState, Piece, TooManyTries
@@ -31,6 +34,9 @@ from twostroke_engine.transfer.messages import (
     TransferClosed,
     TransferOpened,
 )
+from twostroke_engine.transfer.wire import CannotPair, WireFormat, check_wire
+
+log = logging.getLogger(__name__)
 
 _IDLE_S = 5.0
 
@@ -55,6 +61,7 @@ class SendPair:
         self._mailbox = Mailbox()
         self._hand_offs: dict[int, HandOff] = {}
         self._channel: KVChannel | None = None
+        self._shape = context.shape
         self._welcome_due_s: float | None = None
         self._failure = ""
         self._stop_reason = ""
@@ -149,6 +156,8 @@ class SendPair:
             self._expire()
         except ChannelError as error:
             self._break(f"channel: {error}")
+        except CannotPair as error:
+            self._break(f"the decode worker's answer: {error}")
         except Exception as error:  # noqa: BLE001 - a thread's boundary: whatever broke, its hand-offs must close
             self._break(f"{type(error).__name__}: {error}")
 
@@ -160,10 +169,9 @@ class SendPair:
                 version=PROTOCOL_VERSION,
                 worker_id=context.worker_id,
                 worker_epoch=context.worker_epoch,
-                kv_fingerprint=context.spec.fingerprint(),
-                model_fingerprint=context.model_fingerprint,
                 pair_id=self._pair_id,
-                channels=context.channels.names,
+                channels=context.channels.abilities,
+                **msgspec.structs.asdict(context.side),
             )
         )
 
@@ -171,6 +179,10 @@ class SendPair:
         if message.refused:
             self._break(f"refused: {message.refused}")
         elif self._channel is None and not self._failure:
+            wire = WireFormat(message.block_size, message.wire_dtype)
+            check_wire(wire, self._context.side)
+            self._shape = self._context.shape_on(wire)
+            log.info("pair %s: KV goes over %s as %s", self._pair_id, scheme_of(message.channel), wire)
             self._channel = self._context.channels.connect(message.channel, self._pair_id)
             self._welcome_due_s = None
 
@@ -190,7 +202,7 @@ class SendPair:
     def _send_next(self) -> bool:
         """Sends one segment or commits one hand-off, the oldest first; False if there is nothing to do."""
         for hand_off in [] if self._channel is None else list(self._hand_offs.values()):
-            piece = hand_off.next_piece(self._context.shape)
+            piece = hand_off.next_piece(self._shape)
             if piece is not None:
                 self._send(self._channel, hand_off, piece)
                 return True
@@ -203,11 +215,11 @@ class SendPair:
     def _send(self, channel: KVChannel | None, hand_off: HandOff, piece: Piece) -> None:
         assert channel is not None
         context, segment = self._context, piece.segment
-        blocks = hand_off.block_ids[segment.first_block : segment.first_block + segment.num_blocks]
+        items, wire = self._shape.items(segment, hand_off.block_ids), kernel_wire(self._shape.wire)
         with context.device.work(piece.after):
-            ids = torch.tensor(blocks, dtype=torch.int64, device=context.pool.device)
-            packed, digests = context.backend.pack_kv(context.pool, ids, segment.first_layer, segment.num_layers)
-            payload = packed.reshape(-1).view(torch.uint8)
+            ids = torch.tensor(items, dtype=torch.int64, device=context.pool.device)
+            packed, digests = context.backend.pack_kv(context.pool, ids, segment.first_layer, segment.num_layers, wire)
+            payload = packed.view(-1)
             announced = tuple(digest & 0xFFFF_FFFF_FFFF_FFFF for digest in digests.tolist())
         with context.device.turn():
             self._say(
@@ -233,7 +245,7 @@ class SendPair:
 
     def _close(self, hand_off: HandOff, error: str) -> None:
         del self._hand_offs[hand_off.sink_id]
-        outcome = hand_off.outcome(error, self._now_s(), self._context.spec.block_size)
+        outcome = hand_off.outcome(error, self._now_s(), self._shape.wire.block_size)
         self._closed(hand_off.sink_id, outcome)
 
     def _break(self, reason: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hashlib import blake2b
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -21,3 +22,9 @@ def model_fingerprint(config: ModelConfig, dtype: str, weights: WeightSource, ba
     digest.update(dtype.encode() + (b" batch-invariant" if batch_invariant else b"") + b"\0")
     digest.update(weights.digest())
     return weights.kind + digest.hexdigest()
+
+
+def tokenizer_hash(model_dir: Path) -> str:
+    """32 hex digits over tokenizer.json; empty if the folder has none."""
+    path = model_dir / "tokenizer.json"
+    return blake2b(path.read_bytes(), digest_size=16).hexdigest() if path.is_file() else ""

@@ -59,11 +59,14 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     model_name: str
     model_fingerprint: str
     kv_fingerprint: str
+    """Of the shape of its KV: equal where one worker's KV can be converted to the other's."""
     block_size: int
     max_model_len: int
     channels: tuple[str, ...] = ()
-    """KV channel schemes it can use, best first."""
+    """KV channels it can use, best first; a prefill and a decode worker can use those that both have, text for text."""
     version: str = ""
+    tokenizer_hash: str = ""
+    """Of tokenizer.json; empty if it has none."""
 
 
 class Joined(msgspec.Struct, frozen=True):

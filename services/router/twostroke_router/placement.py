@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 SEQUENCE_TOKENS = 32
@@ -33,6 +34,9 @@ class Candidate:
     kv_fingerprint: str
     block_size: int
     max_model_len: int
+    channels: tuple[str, ...]
+    """KV channels; two workers can use one that both name, text for text."""
+    tokenizer_hash: str = ""
     waiting: int = 0
     running: int = 0
     queued_tokens: int = 0
@@ -47,9 +51,13 @@ class Candidate:
     """Leading prompt tokens of this request in its prefix cache."""
 
     @property
-    def kind(self) -> tuple[str, str]:
-        """Only workers of one kind can hand KV over."""
-        return (self.model_fingerprint, self.kv_fingerprint)
+    def kind(self) -> tuple[str, str, str]:
+        """Only workers of one kind can hand KV over. Block sizes may differ: KV is converted on its way."""
+        return (self.model_fingerprint, self.kv_fingerprint, self.tokenizer_hash)
+
+    def hands_over_to(self, decode: Candidate) -> bool:
+        """Whether KV can go from this worker to that one: they are of one kind, and have a channel in common."""
+        return self.kind == decode.kind and not set(self.channels).isdisjoint(decode.channels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,27 +138,30 @@ def _fitting(shape: RequestShape, view: View, role: str) -> list[Candidate]:
 
 
 def _best(workers: Iterable[Candidate], cost: Callable[[Candidate], float]) -> _Scored | None:
-    scored = [_Scored(worker, cost(worker)) for worker in workers]
-    return min(scored, key=lambda each: each.cost, default=None)
+    return min((_Scored(worker, cost(worker)) for worker in workers), key=_cost, default=None)
 
 
-def _by_kind(workers: Sequence[Candidate]) -> dict[tuple[str, str], list[Candidate]]:
-    kinds: dict[tuple[str, str], list[Candidate]] = defaultdict(list)
+def _cost(scored: _Scored) -> float:
+    return scored.cost
+
+
+def _groups(workers: Sequence[Candidate]) -> list[list[Candidate]]:
+    """Workers that can hand over to, or take from, the same others."""
+    groups: dict[tuple[object, ...], list[Candidate]] = defaultdict(list)
     for worker in workers:
-        kinds[worker.kind].append(worker)
-    return kinds
+        groups[(*worker.kind, *sorted(worker.channels))].append(worker)
+    return list(groups.values())
 
 
 def _best_pair(
     shape: RequestShape, prefills: Sequence[Candidate], decodes: Sequence[Candidate]
 ) -> tuple[_Scored, _Scored] | None:
-    """The cheapest pair of one kind: within a kind the two choices are independent."""
-    decodes_by_kind = _by_kind(decodes)
+    """The cheapest possible pair: within two groups the choices are independent."""
     pairs = []
-    for kind, group in _by_kind(prefills).items():
-        prefill = _best(group, lambda worker: prefill_cost(shape, worker))
-        decode = _best(decodes_by_kind.get(kind, ()), lambda worker: decode_cost(shape, worker))
-        if prefill and decode:
+    for givers, takers in product(_groups(prefills), _groups(decodes)):
+        if givers[0].hands_over_to(takers[0]):
+            prefill = min((_Scored(worker, prefill_cost(shape, worker)) for worker in givers), key=_cost)
+            decode = min((_Scored(worker, decode_cost(shape, worker)) for worker in takers), key=_cost)
             pairs.append((prefill, decode))
     return min(pairs, key=lambda pair: pair[0].cost + pair[1].cost, default=None)
 
@@ -175,7 +186,7 @@ def round_robin(shape: RequestShape, view: View) -> Placement | None:
     if shape.max_tokens == 1 and prefills:
         return _prefill_only(prefills[0], "round robin, one token")
     for decode in decodes:
-        prefill = next((worker for worker in prefills if worker.kind == decode.kind), None)
+        prefill = next((worker for worker in prefills if worker.hands_over_to(decode)), None)
         if prefill:
             return Placement(prefill.worker_id, decode.worker_id, prefill.hit_tokens, "round robin")
     return _colocated(decodes[0], "round robin, no prefill worker fits") if decodes else None

@@ -28,8 +28,6 @@ from twostroke_worker.wire import LeaseHome, RequestLimits
 
 log = logging.getLogger(__name__)
 
-CHANNELS = ("collective",)
-"""KV channels that both roles' engines have."""
 EXPIRY_INTERVAL_S = 1.0
 STOP_GRACE_S = 1.0
 """For streams to end after the drain."""
@@ -107,9 +105,10 @@ def _record(settings: WorkerSettings, ready: EngineReady, endpoint: str, epoch: 
         model_name=settings.served_name,
         model_fingerprint=ready.model_fingerprint,
         kv_fingerprint=ready.kv_spec.fingerprint(),
+        tokenizer_hash=ready.tokenizer_hash,
         block_size=ready.kv_spec.block_size,
         max_model_len=ready.max_model_len,
-        channels=CHANNELS,
+        channels=ready.channels,
         version=importlib.metadata.version("twostroke"),
     )
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from twostroke_chassis.rpc import reachable_endpoint
 from twostroke_chassis.settings import HostPort, ServiceSettings, split_host_port
 from twostroke_engine.config import EngineConfig
@@ -13,6 +13,18 @@ from twostroke_engine.config import EngineConfig
 _BLOCK_SIZES = {"cpu": 16, "cuda": 64}
 _STEP_TOKENS = {"cpu": 512, "cuda": 8192}
 _RUNNING = {"cpu": 64, "cuda": 256}
+_CHANNELS = ("shm", "collective", "tcp")
+
+
+def _check_channels(value: str) -> str:
+    names = value.split(",") if value else []
+    if unknown := [name for name in names if name not in _CHANNELS]:
+        raise ValueError(f"expected some of {','.join(_CHANNELS)}, got {unknown[0]!r}")
+    return value
+
+
+ChannelNames = Annotated[str, AfterValidator(_check_channels)]
+"""Names of KV channels, separated by commas."""
 
 
 class WorkerSettings(ServiceSettings):
@@ -51,6 +63,16 @@ class WorkerSettings(ServiceSettings):
     )
     threads: int = Field(1, ge=1, description="CPU threads of the engine")
     transfer_layers: int = Field(1, ge=1, description="layers sent in one segment of a KV transfer")
+    transfer_dtype: Literal["auto", "fp8", "int8"] = Field(
+        "auto",
+        description="number format of KV on the wire; fp8 and int8 halve its bytes and round it; auto keeps what both "
+        "sides can store; the prefill worker's wish counts first",
+    )
+    channels: ChannelNames = Field(
+        "",
+        description="KV channels to use, best first, separated by commas: shm, collective, tcp (default: all that the "
+        "device and the system can do); the decode worker's order counts",
+    )
     transfer_timeout_s: float = Field(
         10, gt=0, allow_inf_nan=False, description="a KV channel operation that takes longer ends the pair"
     )
@@ -88,8 +110,10 @@ class WorkerSettings(ServiceSettings):
             worker_id=self.id,
             worker_epoch=epoch,
             transfer_host=self.advertised_host,
+            channels=tuple(filter(None, self.channels.split(","))),
             transfer_timeout_s=self.transfer_timeout_s,
             transfer_layers=self.transfer_layers,
+            transfer_dtype=self.transfer_dtype,
             sends_kv=sends_kv,
             receives_kv=receives_kv,
         )

@@ -13,10 +13,10 @@ from time import sleep
 import msgspec
 import torch
 from twostroke_engine.messages import LeaseGrant, PeerMessage
-from twostroke_engine.transfer.collective import CollectiveScheme
 from twostroke_engine.transfer.end import HandOffOutcome
 from twostroke_engine.transfer.messages import FirstToken
 
+from tests.support.channel_schemes import make_scheme
 from tests.support.transfer_ends import DECODE, Sending, make_request
 
 
@@ -64,9 +64,9 @@ def _run(sending: Sending, run: RunPrompt) -> None:
 
 
 def main() -> None:
-    """Runs until it is killed."""
+    """Runs until it is killed; the first argument names the channel."""
     torch.set_num_threads(1)
-    sending = Sending(CollectiveScheme(torch.device("cpu"), "127.0.0.1", 10.0), timeout_s=10.0)
+    sending = Sending(make_scheme(sys.argv[1], 10.0), timeout_s=10.0)
 
     def say(message: FromPrefill) -> None:
         sys.stdout.buffer.write(to_line(message))

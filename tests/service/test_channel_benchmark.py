@@ -1,0 +1,18 @@
+"""The benchmark of channels checks what came, and leaves a line for each channel."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks.channels import main
+
+
+def test_every_channel_leaves_a_line_beside_tcp(tmp_path: Path) -> None:
+    results = tmp_path / "channels.jsonl"
+    assert main(["--tiny", "--results", str(results)]) == 0
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [line["case"] for line in lines] == [f"channel/{name}/64KiB" for name in ("shm", "collective", "tcp")]
+    assert all(line["value"] > 0 and line["unit"] == "GB/s" for line in lines)
+    assert [line["peer"] for line in lines] == ["tcp", "tcp", None]
+    assert lines[0]["peer_value"] == lines[2]["value"]
