@@ -33,6 +33,8 @@ from twostroke_kernels.gpu.fixed_gemm import fixed_linear  # isort: skip
 from twostroke_kernels.gpu.invariant_products import FEW_ROWS, LEAST_WIDTH, TILES, product_for, run_product  # isort: skip
 from twostroke_kernels.invariant_triton import InvariantTritonBackend  # isort: skip
 
+pytestmark = pytest.mark.slow
+
 BACKEND = InvariantTritonBackend(DEVICE)
 HALF = torch.bfloat16 if HAS_GPU else torch.float16
 LLAMA_8B = {

@@ -20,6 +20,8 @@ from twostroke_kernels.gpu.skinny import SkinnyConfig  # isort: skip
 from twostroke_kernels.gpu.small_linear import LinearConfig, config_of, linear_config, small_linear  # isort: skip
 from twostroke_kernels.triton_backend import TritonBackend  # isort: skip
 
+pytestmark = pytest.mark.slow
+
 BACKEND = TritonBackend(DEVICE)
 HALVES = [torch.float16] + ([torch.bfloat16] if HAS_GPU else [])
 HAS_BOXES = not HAS_GPU or torch.cuda.get_device_capability() >= (9, 0)

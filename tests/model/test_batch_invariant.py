@@ -20,6 +20,8 @@ from twostroke_engine.runner.model_runner import LoadedModel, ModelRunner, build
 from tests.model.test_decode_rows import StaticForward
 from tests.support.invariant_runs import Schedule, Streams, Work, draw_requests, run_alone, run_crowd
 
+pytestmark = pytest.mark.slow
+
 SMALL = Work(vocab_size=300, most_prompt_tokens=80, most_new_tokens=40)
 CROWD = Schedule(seed=1, arrivals=8, max_step_tokens=512, max_running=64, num_blocks=400)
 SMALL_CHUNKS = Schedule(seed=2, arrivals=3, max_step_tokens=13, max_running=6, num_blocks=400)

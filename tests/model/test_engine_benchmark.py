@@ -14,6 +14,8 @@ from benchmarks.targets import TARGET_RATIOS, Ceilings, ModelCost, limit_ms, sta
 from benchmarks.vllm_peer import _told
 from benchmarks.workload import CASES, LLAMA_8B, STEPPED, TINY_CASES, Prompts, Work, measure
 
+pytestmark = pytest.mark.slow
+
 KEYS = {
     *("case", "value", "unit", "peer", "peer_value", "engine", "share_of_limit"),
     *("card", "commit", "torch", "date"),

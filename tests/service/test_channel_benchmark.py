@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from benchmarks.channels import main
+
+pytestmark = pytest.mark.slow
 
 
 def test_every_channel_leaves_a_line_beside_tcp(tmp_path: Path) -> None:

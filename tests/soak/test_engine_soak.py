@@ -16,6 +16,8 @@ from tests.soak.memory import MemoryRecord
 from tests.soak.workload import Asked, Sizes, Workload
 from tests.support.engine_bench import make_request
 
+pytestmark = pytest.mark.slow
+
 SIZES = Sizes(vocab_size=320, longest_prompt=150, longest_output=60)
 CPU = torch.device("cpu")
 END = RequestEnd(facts=RequestFacts())

@@ -143,6 +143,7 @@ def test_files_and_memory_are_given_back(scheme: ChannelScheme) -> None:
 # ---- time ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_side_that_does_not_come_or_says_nothing_is_timed_out(
     scheme: ChannelScheme, listener: ChannelListener
 ) -> None:
@@ -163,6 +164,7 @@ def test_a_side_that_does_not_come_or_says_nothing_is_timed_out(
     sender.close()
 
 
+@pytest.mark.slow
 def test_a_receiver_that_does_not_read_times_the_sender_out(pair: tuple[KVChannel, KVChannel]) -> None:
     begun_s = time.monotonic()
     with pytest.raises(ChannelError, match="Timed out"):
@@ -218,6 +220,7 @@ def test_garbage_at_the_port_is_closed_at_once_and_disturbs_no_one(
     join(scheme, listener, "next")
 
 
+@pytest.mark.slow
 def test_strangers_that_say_nothing_hold_up_no_one_and_are_closed_in_time(
     scheme: ChannelScheme, listener: ChannelListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +235,7 @@ def test_strangers_that_say_nothing_hold_up_no_one_and_are_closed_in_time(
     assert all(is_closed(stranger) for stranger in strangers), "and none for longer than a greeting may take"
 
 
+@pytest.mark.slow
 def test_a_sender_whose_pair_no_one_accepts_is_let_go(listener: ChannelListener) -> None:
     endpoint = listener.endpoint("pair")
     connection, token = address_of(endpoint)
