@@ -27,7 +27,7 @@ from twostroke_kernels.backend import (
 
 from tests.support.paged_attention import PagedCase, Shape, make_case
 from tests.support.tolerance import assert_as_good_as_torch
-from tests.support.triton_device import DEVICE, HAS_GPU, assert_repeatable, gpu, normal
+from tests.support.triton_device import DEVICE, HAS_GPU, LLAMA_8B_PRODUCTS, assert_repeatable, gpu, normal
 
 from twostroke_kernels.gpu.fixed_gemm import fixed_linear  # isort: skip
 from twostroke_kernels.gpu.invariant_products import FEW_ROWS, LEAST_WIDTH, TILES, product_for, run_product  # isort: skip
@@ -37,13 +37,6 @@ pytestmark = pytest.mark.slow
 
 BACKEND = InvariantTritonBackend(DEVICE)
 HALF = torch.bfloat16 if HAS_GPU else torch.float16
-LLAMA_8B = {
-    "qkv": (6144, 4096),
-    "o": (4096, 4096),
-    "gate_up": (28672, 4096),
-    "down": (4096, 14336),
-    "lm_head": (128256, 4096),
-}
 SMALL = [(1024, 1024), (2816, 1024), (1000, 576), (576, 1536), (49152, 576), (8, 8)]
 ROWS = (*range(1, 71), 100, 128, 129, 200, 256, 300, 1000, 2048)
 
@@ -142,7 +135,7 @@ def test_what_a_layer_does(rng: torch.Generator, dtype: torch.dtype) -> None:
 
 
 @gpu
-@pytest.mark.parametrize("out_in", [*LLAMA_8B.values(), *SMALL], ids=str)
+@pytest.mark.parametrize("out_in", [*LLAMA_8B_PRODUCTS.values(), *SMALL], ids=str)
 def test_linear_gives_every_number_of_rows_the_bits_of_one(out_in: tuple[int, int]) -> None:
     weight = weight_of(out_in)
     x = weight_of((2048, out_in[1]))
@@ -161,7 +154,7 @@ def test_linear_gives_every_number_of_rows_the_bits_of_one(out_in: tuple[int, in
 
 @gpu
 @pytest.mark.parametrize(
-    "out_in", [shape for shape in (*LLAMA_8B.values(), *SMALL) if min(shape) >= LEAST_WIDTH], ids=str
+    "out_in", [shape for shape in (*LLAMA_8B_PRODUCTS.values(), *SMALL) if min(shape) >= LEAST_WIDTH], ids=str
 )
 def test_every_product_that_may_be_chosen_gives_the_same_bits(out_in: tuple[int, int]) -> None:
     """The fact that the table of products rests on; rounded to half precision and as float32."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from twostroke_kernels.backend import Backend, RowNorm
 
 from tests.support.tolerance import assert_as_good_as_torch
-from tests.support.triton_device import DEVICE, HAS_GPU, assert_repeatable, gpu, normal
+from tests.support.triton_device import DEVICE, HAS_GPU, LLAMA_8B_PRODUCTS, assert_repeatable, gpu, normal
 
 from twostroke_kernels.gpu.fusion import Fusion  # isort: skip
 from twostroke_kernels.gpu.gemv import GemvConfig  # isort: skip
@@ -25,13 +25,6 @@ pytestmark = pytest.mark.slow
 BACKEND = TritonBackend(DEVICE)
 HALVES = [torch.float16] + ([torch.bfloat16] if HAS_GPU else [])
 HAS_BOXES = not HAS_GPU or torch.cuda.get_device_capability() >= (9, 0)
-LLAMA_8B = {
-    "qkv": (6144, 4096),
-    "o": (4096, 4096),
-    "gate_up": (28672, 4096),
-    "down": (4096, 14336),
-    "lm_head": (128256, 4096),
-}
 LEFT = SkinnyConfig(32, 64, num_warps=4, num_stages=3, weight_left=True)
 RIGHT = dataclasses.replace(LEFT, weight_left=False)
 SKINNY = [LEFT, RIGHT, *([dataclasses.replace(c, tma=True) for c in (LEFT, RIGHT)] if HAS_BOXES else [])]
@@ -217,7 +210,7 @@ def test_what_does_not_fit_is_refused(rng: torch.Generator, config: LinearConfig
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("out_in", [*LLAMA_8B.values(), (960, 576), (152064, 896), (2, 1)], ids=str)
+@pytest.mark.parametrize("out_in", [*LLAMA_8B_PRODUCTS.values(), (960, 576), (152064, 896), (2, 1)], ids=str)
 def test_every_config_fits_the_card(out_in: tuple[int, int], gated: bool) -> None:
     """A GEMV's sums into registers, a skinny product's stages into 227 KB of shared memory."""
     gemv = linear_config(1, *out_in, torch.bfloat16, gated)
@@ -250,18 +243,18 @@ def test_a_config_with_a_field_too_many_is_refused() -> None:
 
 
 @gpu
-@pytest.mark.parametrize("name", LLAMA_8B)
+@pytest.mark.parametrize("name", LLAMA_8B_PRODUCTS)
 @pytest.mark.parametrize("rows", [1, 2, 8, 16, 32, 64, 128])
 def test_real(rng: torch.Generator, name: str, rows: int) -> None:
     """Each layer with what the model fuses into it."""
-    case = make(rng, rows, LLAMA_8B[name], torch.bfloat16)
+    case = make(rng, rows, LLAMA_8B_PRODUCTS[name], torch.bfloat16)
     gated, adds = name == "gate_up", name in ("o", "down")
-    config = linear_config(rows, *LLAMA_8B[name], torch.bfloat16, gated)
+    config = linear_config(rows, *LLAMA_8B_PRODUCTS[name], torch.bfloat16, gated)
     if config is None:
         pytest.skip("left to cuBLAS")
     fusion = Fusion(None if adds else case.norm, gated, adds)
     check(rng, case, config, fusion)
-    held = normal(rng, rows, LLAMA_8B[name][0] // (1 + gated), dtype=torch.bfloat16)
+    held = normal(rng, rows, LLAMA_8B_PRODUCTS[name][0] // (1 + gated), dtype=torch.bfloat16)
     assert_repeatable(lambda: small_linear(*case.plain, config, fusion, held.clone()))
 
 

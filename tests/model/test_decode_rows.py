@@ -24,8 +24,8 @@ from twostroke_engine.runner.decode_rows import (
     padded_sizes,
     size_for,
 )
-from twostroke_engine.runner.forward import EagerForward, FreshTokens
-from twostroke_engine.runner.inputs import Chunk, InputBuilder
+from twostroke_engine.runner.forward import EagerForward
+from twostroke_engine.runner.inputs import Chunk, FreshTokens, InputBuilder
 from twostroke_engine.runner.model_runner import LoadedModel, ModelRunner
 from twostroke_engine.runner.sequence import RunnerSequence
 from twostroke_engine.schedule.plan import NewSequence

@@ -15,8 +15,8 @@ from torch import Tensor
 from twostroke_engine.config import EngineConfig
 from twostroke_engine.model.decoder import Decoder
 from twostroke_engine.request import SamplingParams
-from twostroke_engine.runner.forward import EagerForward, FreshTokens
-from twostroke_engine.runner.inputs import Chunk
+from twostroke_engine.runner.forward import EagerForward
+from twostroke_engine.runner.inputs import Chunk, FreshTokens
 from twostroke_engine.runner.model_runner import LoadedModel, ModelRunner
 from twostroke_engine.runner.piecewise import (
     MAX_PIECE_TOKENS,

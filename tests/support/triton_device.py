@@ -18,6 +18,14 @@ DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if HAS_GPU else [])
 """The interpreter cuts bfloat16 off where it should round."""
 REPEATS = 100 if HAS_GPU else 3
+LLAMA_8B_PRODUCTS = {
+    "qkv": (6144, 4096),
+    "o": (4096, 4096),
+    "gate_up": (28672, 4096),
+    "down": (4096, 14336),
+    "lm_head": (128256, 4096),
+}
+"""[out, in] of Llama-3.1-8B's linear layers."""
 
 
 def gpu(test: Callable[..., None]) -> Callable[..., None]:

@@ -20,9 +20,9 @@ from twostroke_engine.config import EngineConfig
 from twostroke_engine.model.config import read_model_config
 from twostroke_engine.model.families import FAMILIES
 from twostroke_engine.runner.cuda_graphs import DecodeBuffers
-from twostroke_engine.runner.decode_rows import MAX_GRAPH_BATCH, padded_sizes
+from twostroke_engine.runner.decode_rows import graph_rows, padded_sizes
 from twostroke_engine.runner.memory import num_profile_blocks, profile_plans
-from twostroke_engine.runner.model_runner import RunnerBuild, kv_spec, load_decoder
+from twostroke_engine.runner.model_runner import RunnerBuild, kv_spec, load_decoder, most_positions
 from twostroke_engine.runner.piecewise import PieceBuffers, launched_pieces, piece_sizes
 from twostroke_engine.runner.warm_up import warm_attention, warm_blocks, warm_sampling
 from twostroke_engine.transfer.end import NoSink
@@ -49,7 +49,7 @@ class StepKinds:
         """A call for each kind, those that take longest to compile first."""
         config, backend = self.build.config, self.build.backend
         plans = profile_plans(config, config.block_size, self.max_model_len)
-        max_rows = min(config.max_running, config.max_step_tokens, MAX_GRAPH_BATCH)
+        max_rows = graph_rows(config)
         pool = self.build.pool(1 + max(2, num_profile_blocks(plans)))
         logits = torch.empty(max_rows, self.build.model.vocab_size, dtype=torch.float32, device=pool.device)
         decode = DecodeBuffers(pool, max_rows, -(-self.max_model_len // config.block_size), logits)
@@ -75,11 +75,15 @@ class StepKinds:
 
 
 def _of_each_class(sizes: Sequence[int]) -> list[int]:
-    """The largest size of each class: kernels of few rows are compiled for a power of two of them."""
-    classes: dict[int, int] = {}
-    for size in sizes:
-        classes[min(MANY_ROWS, max(16, 1 << (size - 1).bit_length())) if size > 1 else 1] = size
-    return list(classes.values())
+    """The largest size of each class."""
+    return list({_class_of(size): size for size in sizes}.values())
+
+
+def _class_of(num_rows: int) -> int:
+    """Kernels of few rows are compiled for a power of two of them, 16 at least; one row has kernels of its own."""
+    if num_rows == 1:
+        return 1
+    return min(MANY_ROWS, max(16, 1 << (num_rows - 1).bit_length()))
 
 
 def _execute(runner: ModelRunner, plan: StepPlan) -> None:
@@ -91,7 +95,7 @@ def step_kinds(config: EngineConfig) -> StepKinds:
     device = torch.device(config.device)
     folder = Path(config.model_dir)
     model = msgspec.structs.replace(read_model_config(folder, FAMILIES), num_layers=1)
-    max_model_len = min(model.max_positions, config.max_model_len or model.max_positions)
+    max_model_len = most_positions(config, model)
     backend = choose_backend(device, config.batch_invariant)
     decoder = load_decoder(config, model, RandomWeights(device), backend, max_model_len)
     return StepKinds(RunnerBuild(config, model, kv_spec(config, model), decoder, backend), max_model_len)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from twostroke_engine.config import EngineConfig
     from twostroke_engine.runner.inputs import Chunk, FreshTokens
     from twostroke_engine.runner.sequence import RunnerSequence
 
@@ -33,6 +34,11 @@ def padded_sizes(max_running: int) -> tuple[int, ...]:
     fine = (1, 2, 4, 8, 16, 24, 32, 48, 64)
     sizes = (*fine, *takewhile(lambda size: size < largest, count(96, 32)))
     return (*(size for size in sizes if size < largest), largest)
+
+
+def graph_rows(config: EngineConfig) -> int:
+    """Rows of the largest decode step that is captured."""
+    return min(config.max_running, config.max_step_tokens, MAX_GRAPH_BATCH)
 
 
 def size_for(num_rows: int, sizes: Sequence[int]) -> int:

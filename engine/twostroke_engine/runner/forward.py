@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from twostroke_engine.runner.inputs import FreshTokens, InputBuilder
+from twostroke_engine.runner.inputs import InputBuilder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,10 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from twostroke_engine.model.decoder import Decoder
-    from twostroke_engine.runner.inputs import Chunk
+    from twostroke_engine.runner.inputs import Chunk, FreshTokens
     from twostroke_engine.transfer.end import KVSink
-
-__all__ = ["EagerForward", "ForwardPath", "FreshTokens"]
 
 
 class ForwardPath(Protocol):

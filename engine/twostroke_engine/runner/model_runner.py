@@ -20,10 +20,10 @@ from twostroke_engine.model.layers import rotary_table
 from twostroke_engine.quant.dense import Dense
 from twostroke_engine.runner.compile_ahead import compile_ahead
 from twostroke_engine.runner.cuda_graphs import graph_forward
-from twostroke_engine.runner.decode_rows import MAX_GRAPH_BATCH
+from twostroke_engine.runner.decode_rows import graph_rows
 from twostroke_engine.runner.flight import NOTHING, Flight
-from twostroke_engine.runner.forward import EagerForward, FreshTokens
-from twostroke_engine.runner.inputs import chunks_in_order
+from twostroke_engine.runner.forward import EagerForward
+from twostroke_engine.runner.inputs import FreshTokens, chunks_in_order
 from twostroke_engine.runner.memory import measured_num_blocks, told_num_blocks
 from twostroke_engine.runner.parallel import OneRank
 from twostroke_engine.runner.sequence import RunnerSequence
@@ -216,8 +216,9 @@ def build_runner(config: EngineConfig, compiles_ahead: bool = False) -> LoadedMo
     weights = _weights(config, folder, device)
     spec = kv_spec(config, model)
     num_blocks = told_num_blocks(config, spec, device)
-    limit = config.max_model_len if config.max_model_len is not None else model.max_positions
-    max_model_len = min(model.max_positions, limit, *(() if num_blocks is None else (num_blocks * config.block_size,)))
+    max_model_len = most_positions(config, model)
+    if num_blocks is not None:
+        max_model_len = min(max_model_len, num_blocks * config.block_size)
     torch.set_num_threads(config.num_threads)
     backend = choose_backend(device, config.batch_invariant)
     decoder = load_decoder(config, model, weights, backend, max_model_len)
@@ -269,7 +270,7 @@ class RunnerBuild:
             return self.eager_runner(self.pool(num_blocks))
         # One block beyond those that the scheduler knows: padding rows write there.
         pool = self.pool(num_blocks + 1)
-        max_rows = min(self.config.max_running, self.config.max_step_tokens, MAX_GRAPH_BATCH)
+        max_rows = graph_rows(self.config)
         try:
             logits = torch.empty(max_rows, self.model.vocab_size, dtype=torch.float32, device=pool.device)
             forward = graph_forward(self.decoder, pool, max_model_len, self.config.max_step_tokens, logits)
@@ -336,6 +337,11 @@ def _device(config: EngineConfig) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ModelError(f"device {config.device!r} asked for, but torch finds {torch.cuda.device_count()} of them")
     return device
+
+
+def most_positions(config: EngineConfig, model: ModelConfig) -> int:
+    """Tokens of the longest request, before it is known how many the KV pool holds."""
+    return model.max_positions if config.max_model_len is None else min(model.max_positions, config.max_model_len)
 
 
 def kv_spec(config: EngineConfig, model: ModelConfig) -> KVSpec:
