@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any, Protocol
 
 import grpc
@@ -60,7 +61,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Call) -> None:  # type: ignore[override]
         """Streams the answer; the last message has usage."""
-        async with _refusing(context):
+        async with refusing(context):
             caller = self._frontend.caller(
                 _headers(context), request.request_id, deadline_s=context.time_remaining(), endpoint="generate"
             )
@@ -73,7 +74,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Tokenize(self, request: inference_pb2.TokenizeRequest, context: Call) -> inference_pb2.TokenizeResponse:
         """Token ids of a text or a conversation."""
-        async with _refusing(context):
+        async with refusing(context):
             self._frontend.caller(_headers(context), None)
             self._frontend.check_model(request.model)
             text = self._frontend.text
@@ -90,7 +91,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.ListModelsRequest, context: Call
     ) -> inference_pb2.ListModelsResponse:
         """The one model."""
-        async with _refusing(context):
+        async with refusing(context):
             self._frontend.caller(_headers(context), None)
             model = inference_pb2.Model(
                 name=self._frontend.model_name,
@@ -179,17 +180,35 @@ def _headers(context: Call) -> Mapping[str, str]:
 
 
 @asynccontextmanager
-async def _refusing(context: Call) -> AsyncIterator[None]:
-    """Turns a refusal or failure into the call's status."""
+async def refusing(context: Call) -> AsyncIterator[None]:
+    """Turns a refusal or failure into the call's status, if the call is still there to take one.
+
+    A client that cancels, or whose deadline passes, takes its call away under whatever is being sent, and gRPC then
+    raises where it was sent.
+
+    Raises:
+        asyncio.CancelledError: the call is gone.
+    """
     try:
-        yield
+        with _or_gone():
+            yield
     except RequestError as error:
         retry = () if error.retry_after_s is None else (("retry-after", str(error.retry_after_s)),)
-        await context.abort(error.fault.grpc_status, error.message, retry)
+        with _or_gone():
+            await context.abort(error.fault.grpc_status, error.message, retry)
     except Exception:  # noqa: BLE001 - the call's boundary: its details must not show a defect's insides
         _log.exception("a gRPC call failed")
         defect = internal_error()
-        await context.abort(defect.fault.grpc_status, defect.message)
+        with _or_gone():
+            await context.abort(defect.fault.grpc_status, defect.message)
+
+
+@contextmanager
+def _or_gone() -> Iterator[None]:
+    try:
+        yield
+    except (grpc.aio.InternalError, grpc.aio.UsageError) as error:
+        raise asyncio.CancelledError from error
 
 
 def add_inference(server: grpc.aio.Server, frontend: Frontend) -> None:
