@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import os
 import random
+from pathlib import Path
 
 import pytest
 
 # Read when gRPC is first imported. Its handlers of forks run in a supervisor's child, which forks to set itself up, and
 # abort it if an earlier test's channel is still busy in this process.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
+
+_SHARE_THE_MACHINE = {"unit", "kernels", "model", "docs"}
+"""Folders whose tests start no servers and wait for nothing: several processes may run them at once."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(tests).parts[0] not in _SHARE_THE_MACHINE:
+            item.add_marker(pytest.mark.alone)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
