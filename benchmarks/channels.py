@@ -1,6 +1,6 @@
 """KV channels between two processes of this machine: GB/s by segment size, host memory to host memory.
 
-    python -m benchmarks.channels                       # shm, collective (gloo) and tcp, segments of 64 KiB to 32 MiB
+    python -m benchmarks.channels                       # shm, nixl if it is installed, collective (gloo) and tcp
     python -m benchmarks.channels shm tcp --kib 1024
     python -m benchmarks.channels --tiny                # any machine, in seconds
 
@@ -21,8 +21,8 @@ from statistics import median
 
 import torch
 from torch import Tensor
-from twostroke_engine.transfer.channel import ChannelFactory, KVChannel
-from twostroke_engine.transfer.schemes import channel_factory, scheme_names
+from twostroke_engine.transfer.channel import BlockListener, BlockWriter, ChannelFactory, KVChannel
+from twostroke_engine.transfer.schemes import channel_factory, possible_names, scheme_names
 
 from benchmarks.record import ROOT, Measurement, append
 
@@ -66,10 +66,12 @@ class Sender:
             cwd=ROOT,
         )
         self.name = name
-        self._listeners = factory(name).listen()
-        self._listener = self._listeners.choose(factory(name).abilities)
-        self.tell(self._listener.endpoint("pair"))
-        self.channel: KVChannel = self._listener.accept("pair")
+        ours = factory(name)
+        self._listeners = ours.listen()
+        listener = self._listeners.choose(ours.abilities)
+        assert not isinstance(listener, BlockListener), "a host has none"
+        self.tell(listener.endpoint("pair"))
+        self.channel: KVChannel = listener.accept("pair")
 
     def tell(self, word: object) -> None:
         """One line."""
@@ -97,6 +99,7 @@ def factory(name: str) -> ChannelFactory:
 def send(name: str, volume: Volume) -> None:
     """The sender's process: an endpoint, then a segment size for each repeat, a line each."""
     channel = factory(name).connect(sys.stdin.readline().strip(), "pair")
+    assert not isinstance(channel, BlockWriter), "a host has none"
     for line in sys.stdin:
         num_bytes = int(line)
         segments = volume.segments(num_bytes)
@@ -148,7 +151,7 @@ def measure(senders: Sequence[Sender], num_bytes: int, volume: Volume, repeat: i
 def run(arguments: argparse.Namespace, volume: Volume) -> None:
     """Each size, printed and appended as it comes."""
     torch.set_num_threads(1)
-    senders = [Sender(name, volume) for name in scheme_names("cpu", arguments.channels)]
+    senders = [Sender(name, volume) for name in scheme_names("cpu", arguments.channels or possible_names("cpu"))]
     try:
         for kib in arguments.kib:
             for measurement in measure(senders, kib << 10, volume, arguments.repeat):
@@ -163,7 +166,7 @@ def run(arguments: argparse.Namespace, volume: Volume) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.channels", description=__doc__.split("\n")[0])
-    parser.add_argument("channels", nargs="*", metavar="NAME", help="shm, collective, tcp (default: all)")
+    parser.add_argument("channels", nargs="*", metavar="NAME", help="shm, nixl, collective, tcp (default: all)")
     parser.add_argument("--kib", type=int, nargs="+", default=SIZES_KIB, help="segment sizes")
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--tiny", action="store_true", help="little memory, one small size, two repeats")

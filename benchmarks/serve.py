@@ -16,15 +16,24 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, pairwise
 from pathlib import Path
 from statistics import median
-from urllib.parse import urlsplit
 
-from benchmarks.load_client import Stream, Target, run_streams
+from twostroke_cli.bench.arrivals import Open
+from twostroke_cli.bench.crew import send
+from twostroke_cli.bench.job import Form, Job
+from twostroke_cli.bench.lengths import Length
+from twostroke_cli.bench.outcome import Outcome
+from twostroke_cli.bench.prompts import Synthetic
+from twostroke_cli.bench.servers import running
+from twostroke_cli.bench.targets import with_url
+from twostroke_cli.errors import CommandError
+
 from benchmarks.model_folder import write_model_folder
 from benchmarks.record import ROOT, Measurement, append
-from benchmarks.servers import ServerOptions, flags_of, our_server, running, vllm_server
-from benchmarks.workload import LLAMA_8B, TINY, Figure, Prompts, Work
+from benchmarks.servers import ServerOptions, Target, flags_of, our_server, vllm_server
+from benchmarks.workload import LLAMA_8B, TINY, Figure, Work
 
 RESULTS = ROOT / "benchmarks" / "results" / "serve.jsonl"
 WARM_UP_REQUESTS = 16
@@ -47,19 +56,43 @@ FULL = (Work(512, 512, 256), Work(64, 512, 256))
 SMALL = (Work(6, 20, 8), Work(2, 20, 128))
 
 
-def output_rate(streams: Sequence[Stream]) -> float:
+def streams_of(target: Target, work: Work, vocab_size: int, processes: int, seed: int) -> list[Outcome]:
+    """All requests at once, their prompts token ids that the seed draws; greedy, end tokens ignored.
+
+    Raises:
+        RuntimeError: a request failed, or a stream ended early.
+    """
+    length, max_tokens = (Length("fixed", size, size) for size in (work.prompt_len, work.max_tokens))
+    job = Job(
+        url=target.url,
+        form=Form(target.model, "completions", more={"temperature": 0, "ignore_eos": True}),
+        prompts=Synthetic(length, max_tokens, vocab_size=vocab_size),
+        arrivals=Open(None),
+        num_requests=work.num_requests,
+        seed=seed,
+    )
+    streams = send(job, processes, target.model, 0, lambda outcome: None).outcomes
+    if failed := [stream for stream in streams if stream.error]:
+        raise RuntimeError(f"{len(failed)} requests failed: {failed[0].error}: {failed[0].message}")
+    if short := [stream for stream in streams if stream.num_tokens != work.max_tokens]:
+        raise RuntimeError(f"{len(short)} streams had {short[0].num_tokens} tokens, not {work.max_tokens}")
+    return streams
+
+
+def output_rate(streams: Sequence[Outcome]) -> float:
     """Output tokens a second, from the first request sent to the last event."""
-    began_s, ended_s = min(s.sent_s for s in streams), max(s.events_s[-1] for s in streams)
+    began_s, ended_s = min(s.sent_at_s for s in streams), max(s.piece_times_s[-1] for s in streams)
     return sum(stream.num_tokens for stream in streams) / (ended_s - began_s)
 
 
-def gaps_s(streams: Sequence[Stream]) -> list[float]:
+def gaps_s(streams: Sequence[Outcome]) -> list[float]:
     """Gaps between events while every stream decodes, ascending; none if the streams never overlapped."""
-    begin_s, end_s = max(s.events_s[0] for s in streams), min(s.events_s[-1] for s in streams)
+    events_s = [stream.piece_times_s for stream in streams]
+    begin_s, end_s = max(times[0] for times in events_s), min(times[-1] for times in events_s)
     gaps = [
         later - earlier
-        for stream in streams
-        for earlier, later in zip(stream.events_s, stream.events_s[1:], strict=False)
+        for times in events_s
+        for earlier, later in pairwise(times)
         if begin_s <= earlier and later <= end_s
     ]
     return sorted(gaps)
@@ -72,11 +105,10 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 
 def figures(target: Target, load: Load) -> Iterator[tuple[str, Figure]]:
     """Each case's median over `repeat` runs; prompts are new in each."""
-    prompts = Prompts(load.vocab_size)
+    seeds = count()
 
-    def streams(work: Work) -> list[Stream]:
-        drawn = [prompts.draw(work.prompt_len) for _ in range(work.num_requests)]
-        return run_streams(target, drawn, work.max_tokens, load.processes)
+    def streams(work: Work) -> list[Outcome]:
+        return streams_of(target, work, load.vocab_size, load.processes, next(seeds))
 
     streams(Work(min(WARM_UP_REQUESTS, load.crowd.num_requests), load.crowd.prompt_len, load.streams.max_tokens // 8))
     rates = [output_rate(streams(load.crowd)) for _ in range(load.repeat)]
@@ -123,8 +155,7 @@ def run(arguments: argparse.Namespace, scratch: Path) -> None:
     crowd, streams = SMALL if arguments.tiny else FULL
     load = Load(crowd, streams, arguments.vocab_size or config["vocab_size"], arguments.clients, arguments.repeat)
     if arguments.url:
-        where = urlsplit(arguments.url)
-        target = Target(where.hostname or "127.0.0.1", where.port or 80, arguments.model)
+        target = Target(with_url(arguments.url).url, arguments.model)
         for case, figure in figures(target, load):
             report.tell(arguments.name, case, figure)
         return
@@ -139,9 +170,9 @@ def run(arguments: argparse.Namespace, scratch: Path) -> None:
     )
     kinds = {"vllm": ["vLLM"], "twostroke": ["twostroke"], "both": ["vLLM", "twostroke"]}[arguments.server]
     for engine in kinds:
-        server = vllm_server(options) if engine == "vLLM" else our_server(options)
-        with running(server, arguments.wait) as target:
-            for case, figure in figures(target, load):
+        subject = vllm_server(options) if engine == "vLLM" else our_server(options)
+        with running(subject.server, arguments.wait):
+            for case, figure in figures(subject.target, load):
                 report.tell(engine, case, figure)
 
 
@@ -171,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         try:
             run(arguments, Path(name))
-        except RuntimeError as error:
+        except (CommandError, RuntimeError) as error:
             print(f"serve: {error}", file=sys.stderr)
             return 1
     return 0

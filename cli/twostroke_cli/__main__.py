@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from twostroke_cli import options as opt
+from twostroke_cli.bench.commands import app as bench
 from twostroke_cli.errors import CommandError
+from twostroke_cli.flag_groups import takes_flags
+from twostroke_cli.options import DEFAULT_GRPC, DEFAULT_HTTP, DEFAULT_MODEL
+from twostroke_cli.replay.commands import replay
+from twostroke_cli.up_flags import ROUTER_FLAGS, SERVICE_FLAGS, WORKER_FLAGS, UpFlags, passed_on
 
 if TYPE_CHECKING:
     from twostroke_cli.plan import ClusterPlan
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
-DEFAULT_HTTP = "127.0.0.1:8000"
-DEFAULT_GRPC = "127.0.0.1:8001"
 DEFAULT_QUESTION = "What is the capital of France?"
 
 app = typer.Typer(
@@ -28,67 +30,34 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(bench, name="bench")
+app.command("replay")(replay)
 
 
 @app.command()
-def up(  # noqa: PLR0913 - a command's arguments are its flags
-    model: opt.Model = DEFAULT_MODEL,
-    prefill: opt.Prefill = 1,
-    decode: opt.Decode = 1,
-    http: opt.Http = DEFAULT_HTTP,
-    grpc: opt.Grpc = DEFAULT_GRPC,
-    run_dir: opt.RunDirectory = Path(".run"),
-    etcd: opt.Etcd = "",
-    redis: opt.Redis = "",
-    cluster: opt.Cluster = "default",
-    wait: opt.Wait = 60.0,
-    grace: opt.Grace = 30.0,
-    no_restart: opt.NoRestart = False,
-    device: opt.Device = "cpu",
-    dtype: opt.Dtype = "bfloat16",
-    threads: opt.Threads = 0,
-    load_format: opt.LoadFormat = "safetensors",
-    block_size: opt.BlockSize = None,
-    num_blocks: opt.NumBlocks = None,
-    kv_cache_bytes: opt.KVCacheBytes = None,
-    gpu_memory_fraction: opt.GpuMemoryFraction = None,
-    max_model_len: opt.MaxModelLen = None,
-    max_step_tokens: opt.MaxStepTokens = None,
-    max_running: opt.MaxRunning = None,
-    batch_invariant: opt.BatchInvariant = False,
-    channels: opt.Channels = "",
-    transfer_layers: opt.TransferLayers = None,
-    transfer_dtype: opt.TransferDtype = None,
-    transfer_timeout_s: opt.TransferTimeout = None,
-    api_keys_file: opt.ApiKeys = None,
-    max_body_bytes: opt.MaxBody = None,
-    log_level: opt.LogLevel = "info",
-) -> None:
+@takes_flags(UpFlags)
+def up(*, flags: UpFlags) -> None:
     """Run a cluster on this machine: etcd, Redis, a router and workers, until Ctrl-C."""
     from twostroke_cli.models import resolve_model
     from twostroke_cli.plan import ClusterPlan
     from twostroke_cli.ports import claim
 
-    worker: dict[str, Any] = {"device": device, "dtype": dtype, "load_format": load_format, "block_size": block_size}
-    worker |= {"num_blocks": num_blocks, "kv_cache_bytes": kv_cache_bytes, "max_step_tokens": max_step_tokens}
-    worker |= {"gpu_memory_fraction": gpu_memory_fraction, "max_model_len": max_model_len, "max_running": max_running}
-    worker |= {"batch_invariant": batch_invariant, "channels": channels or None, "transfer_dtype": transfer_dtype}
     plan = ClusterPlan(
-        model=resolve_model(model, typer.echo, needs_weights=load_format != "random"),
-        http=claim(http, "--http"),
-        grpc=claim(grpc, "--grpc"),
-        run_dir=run_dir.resolve(),
-        prefill=prefill,
-        decode=decode,
-        etcd=etcd,
-        redis=redis,
-        wait_s=wait,
-        grace_s=grace,
-        is_restarted=not no_restart,
-        num_threads=threads,
-        service_flags=flags(cluster=cluster, log_level=log_level),
-        worker_flags=flags(**worker, transfer_layers=transfer_layers, transfer_timeout_s=transfer_timeout_s),
-        router_flags=flags(api_keys_file=api_keys_file, max_body_bytes=max_body_bytes),
+        model=resolve_model(flags.model, typer.echo, needs_weights=flags.load_format != "random"),
+        http=claim(flags.http, "--http"),
+        grpc=claim(flags.grpc, "--grpc"),
+        run_dir=flags.run_dir.resolve(),
+        prefill=flags.prefill,
+        decode=flags.decode,
+        etcd=flags.etcd,
+        redis=flags.redis,
+        wait_s=flags.wait,
+        grace_s=flags.grace,
+        is_restarted=not flags.no_restart,
+        num_threads=flags.threads,
+        service_flags=passed_on(flags, SERVICE_FLAGS),
+        worker_flags=passed_on(flags, WORKER_FLAGS),
+        router_flags=passed_on(flags, ROUTER_FLAGS),
     )
     _run_on_screen(plan)
 
@@ -187,19 +156,38 @@ def status(
     asyncio.run(watch_status(http) if watch else print_status(http, as_json))
 
 
+@app.command()
+def explain(
+    request_id: Annotated[str, typer.Argument(help="The X-Request-Id of an answer.")],
+    http: opt.Http = DEFAULT_HTTP,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show where the time of a request went: any router knows the last 10,000, or 15 minutes."""
+    import asyncio
+
+    from twostroke_cli.explain import print_explanation
+
+    asyncio.run(print_explanation(http, request_id, as_json))
+
+
+@app.command("support-bundle")
+def support_bundle(
+    file: Annotated[Path, typer.Argument(metavar="FILE.tar.gz", help="What to write.")],
+    http: opt.Http = DEFAULT_HTTP,
+    run_dir: opt.RunDirectory = Path(".run"),
+) -> None:
+    """Pack versions, configuration, logs, metrics and recent requests, without secrets, for someone to look at."""
+    import asyncio
+
+    from twostroke_cli.bundle import write_bundle
+
+    names = asyncio.run(write_bundle(http, run_dir, file))
+    typer.echo(f"{file}: " + ", ".join(names))
+
+
 def given(**values: Any) -> dict[str, Any]:
     """Those that the user gave."""
     return {name: value for name, value in values.items() if value is not None}
-
-
-def flags(**values: Any) -> tuple[str, ...]:
-    """Settings as a service's command line takes them; None and False are left to the service."""
-    return tuple(
-        word
-        for name, value in given(**values).items()
-        if value is not False
-        for word in (f"--{name.replace('_', '-')}", *(() if value is True else (str(value),)))
-    )
 
 
 def main() -> None:

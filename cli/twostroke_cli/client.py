@@ -49,11 +49,11 @@ class RouterClient:
 
     async def cluster(self) -> dict[str, Any]:
         """The router's view of the cluster: `GET /cluster`."""
-        return await self._get("/cluster")
+        return await self.get("/cluster")
 
     async def model(self) -> str:
         """The name of the model that is served."""
-        return str((await self._get("/v1/models"))["data"][0]["id"])
+        return str((await self.get("/v1/models"))["data"][0]["id"])
 
     async def stream_chat(self, messages: Sequence[Message], on_text: Callable[[str], None], **params: Any) -> Answer:
         """Asks for the next turn of a conversation; `on_text` hears every piece as it comes."""
@@ -66,11 +66,19 @@ class RouterClient:
             await self._raise_for(response)
             return await _collect(response.aiter_lines(), on_text)
 
-    async def _get(self, path: str) -> dict[str, Any]:
+    async def get(self, path: str) -> dict[str, Any]:
+        """The JSON object at a path."""
         async with self._open(timeout_s=10) as http:
             response = await http.get(path)
             await self._raise_for(response)
             return dict(response.json())
+
+    async def text(self, path: str) -> str:
+        """What is at a path."""
+        async with self._open(timeout_s=10) as http:
+            response = await http.get(path)
+            await self._raise_for(response)
+            return response.text
 
     async def _raise_for(self, response: httpx.Response) -> None:
         if response.is_success:

@@ -82,10 +82,10 @@ def _from_hub(model: str, say: Say) -> ModelFolder:
         path = snapshot_download(repository, revision=revision or None, allow_patterns=HUB_PATTERNS)
     except LocalEntryNotFoundError as error:
         raise CommandError(
-            f"--model {model}: not in the local cache, and the hub cannot be reached: {_line(error)}"
+            f"--model {model}: not in the local cache, and the hub cannot be reached: {one_line(error)}"
         ) from None
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise CommandError(f"--model {model}: {_line(error)}") from None
+        raise CommandError(f"--model {model}: {one_line(error)}") from None
     folder = Path(path)
     check_folder(folder, model)
     say(
@@ -95,7 +95,7 @@ def _from_hub(model: str, say: Say) -> ModelFolder:
     return ModelFolder(folder, repository)
 
 
-def _line(error: BaseException) -> str:
-    """An error's first sentence on one line."""
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + " ..."

@@ -7,6 +7,10 @@ from typing import Annotated
 
 import typer
 
+DEFAULT_MODEL = "smollm2-135m-instruct"
+DEFAULT_HTTP = "127.0.0.1:8000"
+DEFAULT_GRPC = "127.0.0.1:8001"
+
 Http = Annotated[str, typer.Option(metavar="HOST:PORT", help="The router's HTTP address.")]
 Model = Annotated[
     str,
@@ -53,7 +57,10 @@ BatchInvariant = Annotated[
     ),
 ]
 Channels = Annotated[
-    str, typer.Option(metavar="NAMES", help="KV channels, best first: shm,collective,tcp is the default on CPUs.")
+    str,
+    typer.Option(
+        metavar="NAMES", help="KV channels, best first: shm,collective,tcp is the default on CPUs; also nixl, cuda_ipc."
+    ),
 ]
 TransferLayers = Annotated[int | None, typer.Option(metavar="N", help="Layers in one segment of a KV transfer.")]
 TransferDtype = Annotated[
@@ -65,11 +72,22 @@ TransferTimeout = Annotated[
         "--transfer-timeout-s", metavar="SECONDS", help="A KV channel operation that takes longer ends the pair."
     ),
 ]
+Placement = Annotated[
+    str, typer.Option(metavar="POLICY", help="How the router places requests: cost, conditional, round-robin, ...")
+]
 ApiKeys = Annotated[
     Path | None, typer.Option("--api-keys-file", metavar="FILE", help="One API key a line; clients then must send one.")
 ]
 MaxBody = Annotated[int | None, typer.Option("--max-body-bytes", metavar="BYTES", help="Largest HTTP request body.")]
 LogLevel = Annotated[str, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")]
+LogFormat = Annotated[str, typer.Option(metavar="text|json", help="Log lines of the services.")]
+OtlpEndpoint = Annotated[
+    str | None, typer.Option(metavar="URL", help="An OTLP receiver for spans and metrics of every service.")
+]
+OtlpProtocol = Annotated[str | None, typer.Option(metavar="grpc|http/protobuf", help="What the receiver speaks.")]
+TraceSample = Annotated[
+    float | None, typer.Option(min=0, max=1, metavar="RATIO", help="Share of traces that are sent.")
+]
 System = Annotated[str, typer.Option(metavar="TEXT", help="A system message.")]
 Temperature = Annotated[
     float | None, typer.Option(min=0, metavar="T", help="0 is greedy; the server's default otherwise.")

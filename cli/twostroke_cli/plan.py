@@ -81,7 +81,8 @@ def parts_of(plan: ClusterPlan) -> list[Part]:
     )
     parts.append(_service(plan, "router", 0, (*common, "--http", plan.http, "--grpc", plan.grpc, *plan.router_flags)))
     threads = plan.num_threads or max(1, usable_cores() // (plan.prefill + plan.decode))
-    worker = (*common, "--listen", f"{LOOPBACK}:0", "--threads", str(threads), *plan.worker_flags)
+    own = ("--listen", f"{LOOPBACK}:0", "--metrics", f"{LOOPBACK}:0", "--threads", str(threads))
+    worker = (*common, *own, *plan.worker_flags)
     for role, count in (("prefill", plan.prefill), ("decode", plan.decode)):
         parts += [_service(plan, role, number, worker, threads) for number in range(count)]
     return parts

@@ -53,7 +53,7 @@ def pull(name: str, say: Say) -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.with_name(f".{name}.lock")), _work_folder(target) as work:
+        with locked(target.with_name(f".{name}.lock")), _work_folder(target) as work:
             if not target.is_dir():
                 _make(model, name, work, say)
                 os.rename(work / "model", target)
@@ -64,7 +64,7 @@ def pull(name: str, say: Say) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Holds a file lock; the kernel releases it however the process ends."""
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

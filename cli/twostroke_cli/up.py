@@ -119,6 +119,7 @@ def _greet(plan: ClusterPlan, screen: Screen) -> None:
     screen.line()
     screen.line(f"Twostroke is up: {plan.model.name}, {mode}")
     screen.line(f"  OpenAI API  http://{plan.http}/v1")
+    screen.line(f"  live page   http://{plan.http}/")
     screen.line(f"  gRPC        {plan.grpc}")
     screen.line(f"  logs        {plan.run_dir / 'logs'}")
     screen.line(f"  try         twostroke chat --http {plan.http}   (Ctrl-C here drains and stops)")

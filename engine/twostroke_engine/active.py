@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
+from twostroke_engine.messages import StageTimes
 from twostroke_engine.request import ErrorCode, Request, RequestFacts
 from twostroke_engine.sequence import Sequence
 from twostroke_engine.transfer.end import HandOffOutcome
@@ -23,6 +24,9 @@ class ActiveRequest:
     """What was measured before the engine got it."""
     sequences: list[Sequence] = field(default_factory=list)
     first_token_s: float | None = None
+    num_stages_due: int = 1
+    """Tokens still to come whose stages are told: the first one made here, and where both of the request's first two
+    are made here, the second."""
     verdict: tuple[ErrorCode, str] | None = None
     """Why it must end, while a transfer still reads its blocks."""
 
@@ -37,10 +41,32 @@ class ActiveRequest:
         left_s = self.request.deadline_s
         return None if left_s is None else self.arrived_s + left_s
 
+    def token_made(self, now_s: float) -> StageTimes:
+        """A token whose stages are due is there; says what passed before it."""
+        self.num_stages_due -= 1
+        if self.first_token_s is not None:
+            return StageTimes(compute_s=now_s - self.first_token_s, made_s=now_s)
+        self.first_token_s = now_s
+        started_s = self._started_s(now_s)
+        return StageTimes(
+            queue_s=started_s - self.arrived_s,
+            compute_s=now_s - started_s,
+            ready_s=self.facts.ready_s,
+            made_s=now_s,
+        )
+
+    def _started_s(self, now_s: float) -> float:
+        started = [entry.started_s for entry in self.sequences if entry.started_s is not None]
+        return min(started, default=now_s)
+
     def add_outcome(self, outcome: HandOffOutcome) -> None:
         """Takes in what the sender measured."""
+        committed_s = outcome.committed_s
+        has_both = committed_s is not None and self.first_token_s is not None
         self.facts = replace(
             self.facts,
+            commit_wait_s=max(0.0, (committed_s or 0.0) - (self.first_token_s or 0.0)) if has_both else 0.0,
+            commit_ack_s=outcome.closed_s - (committed_s or 0.0) if has_both else 0.0,
             transfer_s=outcome.transfer_s,
             kv_bytes=outcome.kv_bytes,
             kv_segments=outcome.kv_segments,
@@ -50,8 +76,7 @@ class ActiveRequest:
 
     def measured(self, now_s: float) -> RequestFacts:
         """All facts, with what this engine adds to those it was given."""
-        started = [entry.started_s for entry in self.sequences if entry.started_s is not None]
-        started_s = min(started, default=now_s)
+        started_s = self._started_s(now_s)
         first_token_s = started_s if self.first_token_s is None else self.first_token_s
         return replace(
             self.facts,

@@ -107,11 +107,12 @@ class Engine:
         """Reports that a request cannot run here."""
         self._updates.end(request_id, RequestEnd(error=ErrorCode.INVALID, message=message, facts=RequestFacts()))
 
-    def submit(self, request: Request, sink_id: int = 0) -> None:
-        """Queues a request; with a sink id it is handed over after its first token."""
+    def submit(self, request: Request, sink_id: int = 0, received_s: float | None = None) -> None:
+        """Queues a request; with a sink id it is handed over after its first token. It arrives now, if not then."""
         if not self.accepts(request):
             return
-        active = self._open(ActiveRequest(request, self._clock(), sink_id))
+        arrived_s = self._clock() if received_s is None else received_s
+        active = self._open(ActiveRequest(request, arrived_s, sink_id, num_stages_due=1 if sink_id else 2))
         sequence = self._new_sequence(active)
         sequence.sink_id = sink_id
         self._scheduler.add(sequence, active.arrived_s)
@@ -243,8 +244,8 @@ class Engine:
 
     def _extend(self, active: ActiveRequest, sequence: Sequence, tokens: Items[TokenOut]) -> None:
         """Adds sampled tokens. At the end of a prompt there is one for each choice, and the others begin here."""
-        if not sequence.num_generated:
-            active.first_token_s = self._clock()
+        if active.num_stages_due:
+            self._updates.stages(active.request.id, active.token_made(self._clock()))
         others = range(1, len(tokens))
         branches = [sequence, *(self._new_sequence(active, choice) for choice in others)]
         finishes = [self._append(branch, token) for branch, token in zip(branches, tokens, strict=True)]

@@ -32,7 +32,13 @@ from twostroke_engine.messages import (
 )
 from twostroke_engine.transfer.absent import CannotSend, NoReceiver, NoSender
 from twostroke_engine.transfer.end import ReceivingEnd, SendingEnd, TransferEnd
-from twostroke_engine.transfer.messages import PairWelcome, SegmentResult, TransferClosed, TransferOpened
+from twostroke_engine.transfer.messages import (
+    CommitTransfer,
+    PairWelcome,
+    SegmentResult,
+    TransferClosed,
+    TransferOpened,
+)
 
 BUSY_WAIT_S = 0.1
 IDLE_WAIT_S = 1.0
@@ -144,11 +150,14 @@ class EngineLoop:
         if not self._engine.accepts(request):
             return
         try:
-            self._engine.submit(request, 0 if destination is None else self._sender.begin(request, destination))
+            sink_id = 0 if destination is None else self._sender.begin(request, destination)
+            self._engine.submit(request, sink_id, message.received_s)
         except CannotSend as error:
             self._engine.refuse(request.id, str(error))
 
     def _receive(self, peer: PeerMessage) -> None:
+        if isinstance(peer.message, CommitTransfer) and peer.received_s is not None:
+            self._receiver.commit_heard(peer.message.lease_id, peer.received_s)
         # What a receiver says is for the local sender, and the other way round.
         is_for_sender = isinstance(peer.message, PairWelcome | TransferOpened | SegmentResult | TransferClosed)
         end: TransferEnd = self._sender if is_for_sender else self._receiver
@@ -168,11 +177,17 @@ class EngineLoop:
 
     def _load(self) -> EngineLoad:
         load = self._engine.load()
+        faults = [end.faults for end in self._ends]
         return replace(
             load,
             waiting=load.waiting + sum(end.num_waiting for end in self._ends),
             leases_open=sum(end.num_open for end in self._ends),
             kv_bytes=sum(end.kv_bytes for end in self._ends),
             digest_failures=sum(end.digest_failures for end in self._ends),
+            kv_resends=sum(found.resends for found in faults),
+            kv_stale=sum(found.stale for found in faults),
+            kv_broken_pairs=sum(found.broken_pairs for found in faults),
+            kv_failed=sum(found.failed for found in faults),
+            kv_quarantined=sum(end.num_quarantined for end in self._ends),
             longest_wait_s=max([load.longest_wait_s, *(end.longest_wait_s for end in self._ends)]),
         )

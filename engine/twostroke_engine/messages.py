@@ -21,6 +21,8 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
 
     request: Request
     destination: KVDestination | None = None
+    received_s: float | None = None
+    """When it came to this host, on the host's monotonic clock, which service and engine share; None: now."""
 
 
 class Reserve(msgspec.Struct, frozen=True, kw_only=True, tag="reserve"):
@@ -37,7 +39,7 @@ class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):
     reason: str = ""
 
 
-class PeerMessage(msgspec.Struct, frozen=True, kw_only=True, tag="peer"):
+class PeerMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="peer"):
     """A transfer control message from (inbox) or for (outbox) a peer.
 
     `peer` is a decode worker's Transfer endpoint on the prefill side, and a name the service gave an incoming stream
@@ -46,6 +48,8 @@ class PeerMessage(msgspec.Struct, frozen=True, kw_only=True, tag="peer"):
 
     peer: str
     message: SenderMessage | ReceiverMessage
+    received_s: float | None = None
+    """Of one that came: when it was at this host, on the host's monotonic clock."""
 
 
 class PeerLost(msgspec.Struct, frozen=True, kw_only=True, tag="peer_lost"):
@@ -89,6 +93,19 @@ class LeaseGrant(msgspec.Struct, frozen=True, kw_only=True):
     ttl_s: float
 
 
+class StageTimes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What passed before a request's first token here; on a colocated worker again for its second."""
+
+    queue_s: float = 0.0
+    """From the request's arrival (after a transfer: from the last of its KV) until it was first scheduled."""
+    compute_s: float = 0.0
+    """From there to the token; for a second token from the first one."""
+    ready_s: float = 0.0
+    """After a transfer: from the sender's commit to the last of the KV."""
+    made_s: float
+    """When the token was there, on the host's monotonic clock: how long it takes to leave is the service's to say."""
+
+
 class RequestUpdate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """News of one request."""
 
@@ -96,6 +113,8 @@ class RequestUpdate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     deltas: tuple[ChoiceDelta, ...] = ()
     reserved: LeaseGrant | None = None
     end: RequestEnd | None = None
+    stages: StageTimes | None = None
+    """Comes with the token that it is about."""
 
 
 class EngineLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -118,6 +137,11 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     kv_bytes: int = 0
     longest_wait_s: float = 0.0
     digest_failures: int = 0
+    kv_resends: int = 0
+    kv_stale: int = 0
+    kv_broken_pairs: int = 0
+    kv_failed: int = 0
+    kv_quarantined: int = 0
 
 
 class BlockEvents(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

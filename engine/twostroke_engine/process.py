@@ -79,8 +79,8 @@ def assemble(config: EngineConfig, outbox: Callable[[OutboxMessage], None]) -> t
     model = build_runner(config, compiles_ahead=True)
     config = msgspec.structs.replace(config, max_model_len=model.max_model_len)
     engine = Engine(config, model.spec, model.num_blocks, model.runner, model.eos_token_ids, monotonic)
-    device = model.runner.kv_pool.device
-    channels = channel_factory(device, config.transfer_host, config.transfer_timeout_s, names)
+    pool = model.runner.kv_pool
+    channels = channel_factory(pool.device, config.transfer_host, config.transfer_timeout_s, names, pool)
     tokenizer = tokenizer_hash(Path(config.model_dir))
     sender, receiver = _transfer_ends(config, model, tokenizer, engine, channels, lambda: loop.wake())
     ends: list[TransferEnd] = [end for end in (sender, receiver) if end is not None]

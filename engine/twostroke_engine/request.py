@@ -129,3 +129,6 @@ class RequestFacts(msgspec.Struct, kw_only=True, omit_defaults=True):
     kv_segments: int = 0
     kv_resends: int = 0
     skipped_tokens: int = 0
+    commit_wait_s: float = 0.0
+    commit_ack_s: float = 0.0
+    ready_s: float = 0.0

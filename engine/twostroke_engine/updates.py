@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from twostroke_engine.messages import ChoiceDelta, LeaseGrant, RequestEnd, RequestUpdate
+from twostroke_engine.messages import ChoiceDelta, LeaseGrant, RequestEnd, RequestUpdate, StageTimes
 
 
 @dataclass(slots=True)
@@ -13,10 +13,15 @@ class _Entry:
     deltas: list[ChoiceDelta] = field(default_factory=list)
     reserved: LeaseGrant | None = None
     end: RequestEnd | None = None
+    stages: StageTimes | None = None
 
     def frozen(self) -> RequestUpdate:
         return RequestUpdate(
-            request_id=self.request_id, deltas=tuple(self.deltas), reserved=self.reserved, end=self.end
+            request_id=self.request_id,
+            deltas=tuple(self.deltas),
+            reserved=self.reserved,
+            end=self.end,
+            stages=self.stages,
         )
 
 
@@ -32,12 +37,18 @@ class Updates:
         entry = self._entry(update.request_id)
         entry.deltas.extend(update.deltas)
         entry.reserved = update.reserved or entry.reserved
+        entry.stages = entry.stages or update.stages
         if update.end is not None:
             self.end(update.request_id, update.end)
 
     def delta(self, request_id: str, delta: ChoiceDelta) -> None:
         """Adds new tokens."""
         self._entry(request_id).deltas.append(delta)
+
+    def stages(self, request_id: str, stages: StageTimes) -> None:
+        """Adds what passed before the token just added."""
+        entry = self._entry(request_id)
+        entry.stages = entry.stages or stages
 
     def end(self, request_id: str, end: RequestEnd) -> None:
         """Adds the end; nothing can follow it."""

@@ -174,8 +174,27 @@ class KVWire:
         return pool.shape[3] // self.block_size
 
 
+@dataclass(frozen=True, slots=True)
+class KVItems:
+    """Some items of a pool [N, L, 2, B, G, D], counted as in `Backend.pack_kv`."""
+
+    pool: Tensor
+    ids: Tensor
+    """[n] int64, on the device of whoever reads or writes them."""
+
+
 SCALE_FLOOR = 2.0**-100
 """Smallest scale of a `KVWire`: keeps the arithmetic away from subnormal numbers."""
+
+
+def check_push(target: KVItems, wire: KVWire) -> None:
+    """A look at the arguments of `Backend.push_kv`.
+
+    Raises:
+        ValueError: the target does not store what would be written.
+    """
+    if target.pool.dtype is not wire.dtype or wire.peak:
+        raise ValueError(f"a pool of {target.pool.dtype} does not store {wire.dtype} as it travels")
 
 
 class Backend(Protocol):
@@ -286,6 +305,18 @@ class Backend(Protocol):
 
     def unpack_kv(self, pool: Tensor, items: Tensor, first_layer: int, segment: Tensor, wire: KVWire) -> None:
         """In place: the inverse of `pack_kv`, into the pool's own number format. `segment` is uint8 [n, bytes]."""
+        ...
+
+    def push_kv(self, source: KVItems, target: KVItems, first_layer: int, num_layers: int, wire: KVWire) -> Tensor:
+        """Copies items of one pool's layers to items of another's, which stores them as `wire` says: no scales.
+
+        The target may be another process's memory, mapped here. Returns the digest [n] of what was written, which is
+        `pack_kv`'s.
+        """
+        ...
+
+    def digest_kv(self, items: KVItems, first_layer: int, num_layers: int, wire: KVWire) -> Tensor:
+        """The digest [n] that `pack_kv` would return."""
         ...
 
     def digest(self, segment: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from twostroke_kernels.backend import (
     SCALE_FLOOR,
+    KVItems,
     KVWire,
     PagedBatch,
     Penalties,
@@ -24,6 +25,7 @@ from twostroke_kernels.backend import (
     RowNorm,
     SampledRows,
     SamplingRows,
+    check_push,
 )
 
 _MASK32 = (1 << 32) - 1
@@ -170,6 +172,17 @@ class ReferenceBackend:
                     at = next(rows)
                     scale = raw[num_rows * row_bytes + 4 * at :][:4]
                     target[:] = decode_row(raw[at * row_bytes :][:row_bytes], scale, wire).to(pool.dtype)
+
+    def push_kv(self, source: KVItems, target: KVItems, first_layer: int, num_layers: int, wire: KVWire) -> Tensor:
+        """See `Backend.push_kv`."""
+        check_push(target, wire)
+        segment, digest = self.pack_kv(source.pool, source.ids, first_layer, num_layers, wire)
+        self.unpack_kv(target.pool, target.ids, first_layer, segment, wire)
+        return digest
+
+    def digest_kv(self, items: KVItems, first_layer: int, num_layers: int, wire: KVWire) -> Tensor:
+        """See `Backend.digest_kv`."""
+        return self.pack_kv(items.pool, items.ids, first_layer, num_layers, wire)[1]
 
     def digest(self, segment: Tensor) -> Tensor:
         """See `Backend.digest`."""

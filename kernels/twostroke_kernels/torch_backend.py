@@ -6,7 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twostroke_kernels.backend import KVWire, PagedBatch, Penalties, Rotation, RowNorm, SampledRows, SamplingRows
+from twostroke_kernels.backend import (
+    KVItems,
+    KVWire,
+    PagedBatch,
+    Penalties,
+    Rotation,
+    RowNorm,
+    SampledRows,
+    SamplingRows,
+    check_push,
+)
 from twostroke_kernels.digest import SegmentDigest
 from twostroke_kernels.kv_rows import LayerRows, StepMemo
 from twostroke_kernels.torch_attention import DecodeAttention, PrefillAttention
@@ -125,6 +135,17 @@ class TorchBackend:
     def unpack_kv(self, pool: Tensor, items: Tensor, first_layer: int, segment: Tensor, wire: KVWire) -> None:
         """See `Backend.unpack_kv`."""
         scatter_items(pool, items, first_layer, from_wire(segment, pool, wire), wire)
+
+    def push_kv(self, source: KVItems, target: KVItems, first_layer: int, num_layers: int, wire: KVWire) -> Tensor:
+        """See `Backend.push_kv`."""
+        check_push(target, wire)
+        segment, digest = self.pack_kv(source.pool, source.ids, first_layer, num_layers, wire)
+        self.unpack_kv(target.pool, target.ids, first_layer, segment, wire)
+        return digest
+
+    def digest_kv(self, items: KVItems, first_layer: int, num_layers: int, wire: KVWire) -> Tensor:
+        """See `Backend.digest_kv`."""
+        return self.pack_kv(items.pool, items.ids, first_layer, num_layers, wire)[1]
 
     def digest(self, segment: Tensor) -> Tensor:
         """See `Backend.digest`."""

@@ -8,8 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twostroke_kernels.backend import KVWire, PagedBatch, Penalties, Rotation, RowNorm, SampledRows, SamplingRows
-from twostroke_kernels.gpu import activation, block_copy, kv_pack, rms_norm, sampling
+from twostroke_kernels.backend import (
+    KVItems,
+    KVWire,
+    PagedBatch,
+    Penalties,
+    Rotation,
+    RowNorm,
+    SampledRows,
+    SamplingRows,
+)
+from twostroke_kernels.gpu import activation, block_copy, kv_pack, kv_push, rms_norm, sampling
 from twostroke_kernels.gpu.decode_attention import decode_attention
 from twostroke_kernels.gpu.fusion import Fusion
 from twostroke_kernels.gpu.gated_gemm import gated_config, gated_linear, suits_gated_gemm
@@ -134,6 +143,16 @@ class TritonBackend:
         """See `Backend.unpack_kv`."""
         with self._on_device():
             kv_pack.unpack_kv(pool, items, first_layer, segment, wire)
+
+    def push_kv(self, source: KVItems, target: KVItems, first_layer: int, num_layers: int, wire: KVWire) -> Tensor:
+        """See `Backend.push_kv`."""
+        with self._on_device():
+            return kv_push.push_kv(source, target, first_layer, num_layers, wire)
+
+    def digest_kv(self, items: KVItems, first_layer: int, num_layers: int, wire: KVWire) -> Tensor:
+        """See `Backend.digest_kv`."""
+        with self._on_device():
+            return kv_push.digest_kv(items, first_layer, num_layers, wire)
 
     def digest(self, segment: Tensor) -> Tensor:
         """See `Backend.digest`."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -93,13 +94,21 @@ except CommandError as error:
     sys.exit(str(error))
 print(found.dir, found.name)
 """
+    return run(["-c", script], home, **env)
+
+
+def run(argv: list[str], home: Path, **env: str) -> subprocess.CompletedProcess[str]:
     clean = {
         name: value for name, value in os.environ.items() if "proxy" not in name.lower() and not name.startswith("HF_")
     }
     env = {**clean, "HF_HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path), **env}
-    return subprocess.run(
-        [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60, check=False
-    )
+    return subprocess.run([sys.executable, *argv], env=env, capture_output=True, text=True, timeout=60, check=False)
+
+
+def fetch(revision: str, folder: Path, *flags: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """What an init container runs, with nothing but the target's parent to write into."""
+    argv = ["-m", "twostroke_cli.fetch", "--repository", "ours/tiny", "--revision", revision, "--dir", str(folder)]
+    return run([*argv, *flags], folder.parent / "home", **{"HF_ENDPOINT": "http://127.0.0.1:9", **env})
 
 
 def test_a_snapshot_holds_no_code_and_is_pinned(hub: tuple[str, type[_Hub]], tmp_path: Path) -> None:
@@ -139,3 +148,46 @@ def test_what_cannot_be_had_is_one_line(hub: tuple[str, type[_Hub]], tmp_path: P
         *_, last = done.stderr.strip().splitlines()
         assert last.startswith(f"--model {model}: "), done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_fetched_folder_is_whole_and_is_not_fetched_again(hub: tuple[str, type[_Hub]], tmp_path: Path) -> None:
+    url, seen = hub
+    folder = tmp_path / "models" / "tiny"
+    done = fetch("v1", folder, HF_ENDPOINT=url, HF_TOKEN="hf_secret")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert not [path for path in seen.asked if "pytorch_model" in path or "evil" in path]
+    assert "Bearer hf_secret" in seen.tokens
+    again = fetch("v1", folder, HF_HUB_OFFLINE="1")
+    assert (again.returncode, again.stdout) == (0, f"ours/tiny@v1 was already in {folder}\n"), again.stderr
+
+
+def test_a_router_fetches_no_weights(hub: tuple[str, type[_Hub]], tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "tiny"
+    done = fetch(COMMIT, folder, "--without-weights", HF_ENDPOINT=hub[0])
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "tokenizer.json"]
+    worker = fetch(COMMIT, folder, HF_HUB_OFFLINE="1")
+    assert worker.returncode == 1
+    assert "no *.safetensors" in worker.stderr
+
+
+def test_two_that_fetch_at_once_fetch_once(hub: tuple[str, type[_Hub]], tmp_path: Path) -> None:
+    url, seen = hub
+    folder = tmp_path / "models" / "tiny"
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: fetch("v1", folder, HF_ENDPOINT=url), range(2)))
+    assert [done.returncode for done in both] == [0, 0], both
+    assert sorted(done.stdout.split()[1] for done in both) == ["is", "was"]
+    assert sum("model.safetensors" in path for path in seen.asked) <= 2, "one HEAD, one GET"
+
+
+def test_what_cannot_be_fetched_is_one_line_and_leaves_no_folder(hub: tuple[str, type[_Hub]], tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "tiny"
+    for revision, env in {"v9": {"HF_ENDPOINT": hub[0]}, "v1": {}, "main": {"HF_HUB_OFFLINE": "1"}}.items():
+        done = fetch(revision, folder, **env)
+        assert done.returncode == 1, done.stdout
+        *_, last = done.stderr.strip().splitlines()
+        assert last.startswith(f"twostroke-fetch: model ours/tiny@{revision}: "), done.stderr
+        assert "Traceback" not in done.stderr
+        assert not folder.exists()

@@ -11,6 +11,7 @@ from hashlib import blake2b
 import pytest
 from redis.asyncio import Redis
 from twostroke_chassis.prefix_index import SET_EXPIRY_S, PrefixMirror, PrefixPublisher
+from twostroke_chassis.prefix_table import keys_of
 
 from tests.support.servers import RedisServer
 
@@ -114,7 +115,7 @@ async def test_entries_lost_from_the_stream_are_made_good(redis: RedisServer) ->
         known = router._workers["d0"]
         assert known.number is not None
         known.number -= 1
-        known.hashes -= set(prompt[2:4])
+        router.table.remove(router.slot("d0"), keys_of(prompt[2:4]))
         worker.stored(prompt[4:])
         await until(lambda: router.longest_match("d0", prompt) == 6)
         # A Redis emptied under living connections: noticed at the worker's next write.

@@ -177,7 +177,7 @@ def test_start_errors_are_one_line(router: Router, tmp_path: Path) -> None:
 
 
 def test_the_router_imports_no_torch() -> None:
-    heavy = "{'torch', 'transformers', 'numpy', 'safetensors'}"
+    heavy = "{'torch', 'transformers', 'safetensors'}"
     code = f"import sys, twostroke_router.__main__; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"

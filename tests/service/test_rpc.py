@@ -13,7 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from twostroke_chassis.lifecycle import StartError, listen
-from twostroke_chassis.rpc import RpcServer, open_channel, reachable_endpoint, serve, status_of_error
+from twostroke_chassis.rpc import RpcServer, connection_age, open_channel, reachable_endpoint, serve, status_of_error
 from twostroke_chassis.tracing import call_metadata, in_trace, in_trace_of_call, traceparent_of
 from twostroke_proto.v1 import worker_pb2, worker_pb2_grpc
 
@@ -161,6 +161,42 @@ async def test_a_channel_finds_a_server_that_comes_back(echo: Echo) -> None:
             started = await start(echo, endpoint)
             assert await drained() == 3
             await started.stop(0)
+
+
+async def test_a_connection_that_grew_old_is_left_and_its_running_call_goes_on() -> None:
+    peers: list[str] = []
+
+    class Named(Echo):
+        async def Drain(
+            self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext
+        ) -> worker_pb2.DrainResponse:
+            peers.append(context.peer())
+            return worker_pb2.DrainResponse()
+
+    servicer = Named()
+    register = [lambda server: worker_pb2_grpc.add_WorkerServicer_to_server(servicer, server)]
+    server = await serve("127.0.0.1:0", register, [SERVICE], options=connection_age(0.3, 60))
+    async with open_channel(server.endpoint) as channel:
+        stub = worker_pb2_grpc.WorkerStub(channel)
+        stream = stub.Connect()
+        await stream.write(worker_pb2.RouterMessage(hello=worker_pb2.RouterHello(router_id="first")))
+        assert (await stream.read()).hello.worker_id == "first"
+        async with asyncio.timeout(30):
+            while len(set(peers)) < 2:
+                await stub.Drain(worker_pb2.DrainRequest(), timeout=5, wait_for_ready=True)
+                await asyncio.sleep(0.05)
+        await stream.write(worker_pb2.RouterMessage(hello=worker_pb2.RouterHello(router_id="second")))
+        assert (await stream.read()).hello.worker_id == "second"
+        await stream.done_writing()
+    await server.stop(0)
+
+
+def test_without_an_age_connections_stay() -> None:
+    assert connection_age(0, 60) == ()
+    assert dict(connection_age(300, 1e9)) == {
+        "grpc.max_connection_age_ms": 300_000,
+        "grpc.max_connection_age_grace_ms": 2**31 - 1,
+    }
 
 
 def test_what_others_can_dial() -> None:

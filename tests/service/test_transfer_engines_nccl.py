@@ -14,6 +14,7 @@ from twostroke_engine.messages import EngineReady, InboxMessage, PeerMessage, Re
 from twostroke_engine.request import Request, SamplingParams
 from twostroke_engine.transfer.messages import KVDestination
 
+from tests.support.channel_schemes import needs_nixl
 from tests.support.engine_process import Child
 from tests.support.tiny_model import make_tiny_llama
 
@@ -92,7 +93,7 @@ def make_request(name: str, number: int) -> Request:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("channel", ["collective", "shm", "tcp"])
+@pytest.mark.parametrize("channel", ["cuda_ipc", "collective", "shm", "tcp", pytest.param("nixl", marks=needs_nixl)])
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA device")
 def test_split_answers_are_colocated_answers(tmp_path: Path, channel: str) -> None:
     pair = Pair(make_tiny_llama(tmp_path), channel)

@@ -141,7 +141,7 @@ def test_a_prompt_crosses_a_killed_peer_ends_its_leases_only_and_a_new_pair_work
     first.kill()
     # Its last announcement is still on its way: the receive that it asks for must fail at once, not in ten seconds.
     grant = host.grants()["broken"]
-    receiver.receive("stream-1", announcement(grant.lease_id, grant.epoch))
+    receiver.receive("stream-1", announcement(grant.lease_id, grant.epoch, cluster.segments))
     assert cluster.until(lambda: "broken" in host.ends()) < 2.0
     assert host.ends()["broken"].error is ErrorCode.TRANSFER
     check_clean(cluster)
@@ -153,11 +153,11 @@ def test_a_prompt_crosses_a_killed_peer_ends_its_leases_only_and_a_new_pair_work
     check_clean(cluster)
 
 
-def announcement(lease_id: str, epoch: int) -> SegmentReady:
+def announcement(lease_id: str, epoch: int, number: int) -> SegmentReady:
     return SegmentReady(
         lease_id=lease_id,
         epoch=epoch,
-        number=99,
+        number=number,
         first_layer=0,
         num_layers=1,
         first_block=6,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -38,6 +39,8 @@ class Running:
     """It generates no offset from here on."""
     made: list[int] = field(default_factory=list)
     """By choice: tokens generated so far."""
+    received_s: float = field(default_factory=time.monotonic)
+    """When it came; with a destination, when the KV was all there."""
     end: worker_pb2.RequestEnd | None = None
     task: asyncio.Task[None] | None = None
 
@@ -193,6 +196,8 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServicer):
             case "submit":
                 running = self._begin(router_id, message.submit.request)
                 if not self._failed(running):
+                    receipt = worker_pb2.Receipt(held_s=time.monotonic() - running.received_s)
+                    self._send(running, worker_pb2.RequestUpdate(request_id=running.request.id, receipt=receipt))
                     has_destination = message.submit.HasField("destination")
                     lease_id = message.submit.destination.lease_id if has_destination else ""
                     running.until = 1 if has_destination else 1 << 30
@@ -253,6 +258,7 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServicer):
         """Prefill has handed the request over."""
         running = self.running[request_id]
         if running.end is None:
+            running.received_s = time.monotonic()
             running.task = asyncio.create_task(self._run(running))
 
     def _update(self, running: Running, choice: int, start: int, stop: int) -> worker_pb2.RequestUpdate:
@@ -267,7 +273,10 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServicer):
             tokens=[types_pb2.Token(id=token, logprob=-0.5, top=top) for token in tokens[start:stop]],
             finish=finish,
         )
-        return worker_pb2.RequestUpdate(request_id=running.request.id, deltas=[delta])
+        stages = None
+        if start == running.first:
+            stages = worker_pb2.StageTimes(compute_s=time.monotonic() - running.received_s)
+        return worker_pb2.RequestUpdate(request_id=running.request.id, deltas=[delta], stages=stages)
 
     def _end(self, running: Running, error: int) -> None:
         message = f"scripted error {error}" if error else ""

@@ -40,6 +40,8 @@ class SplitEngines:
         self.updates: dict[str, SimpleQueue[RequestUpdate]] = {name: SimpleQueue() for name in self.names}
         self.ends: dict[tuple[str, str], RequestEnd] = {}
         """By engine and request."""
+        self.margins: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)
+        """How much likelier the best token was than the second, by (request, choice) and offset, where it was asked."""
         self.loops: dict[str, EngineLoop] = {}
         told: dict[str, Any] = {"dtype": "float32", "max_step_tokens": 64, **config}
         common = EngineConfig(model_dir=str(model_dir), **told)
@@ -111,7 +113,11 @@ class SplitEngines:
                     update = queue.get()
                     for delta in update.deltas:
                         offsets = enumerate(delta.tokens, start=delta.offset)
-                        streams[update.request_id, delta.choice].update((at, token.id) for at, token in offsets)
+                        for at, token in offsets:
+                            streams[update.request_id, delta.choice][at] = token.id
+                            if len(token.top) > 1:
+                                margin = token.top[0][1] - token.top[1][1]
+                                self.margins[update.request_id, delta.choice][at] = margin
                     seen(update)
                     if update.end:
                         self.ends[name, update.request_id] = update.end

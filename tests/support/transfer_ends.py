@@ -21,13 +21,19 @@ from twostroke_engine.kv.hashing import block_hashes
 from twostroke_engine.kv.spec import KVSpec, LayerGroup
 from twostroke_engine.messages import LeaseGrant, PeerMessage, RequestEnd, RequestUpdate
 from twostroke_engine.request import Request, RequestFacts, SamplingParams
-from twostroke_engine.transfer.channel import ChannelFactory, ChannelListener, ChannelScheme, KVChannel
+from twostroke_engine.transfer.channel import BlockScheme, ChannelFactory, ChannelListener, ChannelScheme, KVChannel
 from twostroke_engine.transfer.context import TransferContext
 from twostroke_engine.transfer.end import ChunkOfHandOff, HandOffOutcome
-from twostroke_engine.transfer.messages import FirstToken, KVDestination, ReceiverMessage, SenderMessage
+from twostroke_engine.transfer.messages import (
+    FirstToken,
+    KVDestination,
+    PairHello,
+    ReceiverMessage,
+    SenderMessage,
+)
 from twostroke_engine.transfer.receiver import KVReceiver
 from twostroke_engine.transfer.sender import KVSender
-from twostroke_kernels.torch_backend import TorchBackend
+from twostroke_kernels.choice import choose_backend
 
 NUM_LAYERS = 3
 SPEC = KVSpec(block_size=16, dtype="float32", groups=(LayerGroup(num_layers=NUM_LAYERS, num_kv_heads=1, head_dim=2),))
@@ -73,12 +79,15 @@ def block_content(token_ids: Sequence[int], block: int, spec: KVSpec = SPEC) -> 
 
 
 def make_context(
-    pool: Tensor, worker_id: str, scheme: ChannelScheme, spec: KVSpec = SPEC, **more: object
+    pool: Tensor, worker_id: str, scheme: ChannelScheme | BlockScheme, spec: KVSpec = SPEC, **more: object
 ) -> TransferContext:
-    fields: dict[str, object] = {"timeout_s": 5.0, "layers_per_segment": 1} | more
+    fields: dict[str, object] = {
+        "timeout_s": 5.0,
+        "layers_per_segment": 1,
+        "backend": choose_backend(pool.device),
+    } | more
     return TransferContext(
         pool=pool,
-        backend=TorchBackend(torch.device("cpu")),
         spec=spec,
         worker_id=worker_id,
         worker_epoch=7,
@@ -117,7 +126,7 @@ class DecodeHostForTests:
         self, request: Request, block_ids: tuple[int, ...], first: tuple[FirstToken, ...], facts: RequestFacts
     ) -> None:
         for block, block_id in enumerate(block_ids):
-            found, expected = self.bytes[block_id], block_content(request.token_ids, block, self.spec)
+            found, expected = self.bytes[block_id].cpu(), block_content(request.token_ids, block, self.spec)
             self.wrong_blocks += not torch.isfinite(found).all()  # tokens that are none included
             num_tokens = request.num_prompt_tokens - block * self.spec.block_size
             error = (found.double() - expected.double())[:, :, :num_tokens].abs().max()
@@ -140,14 +149,15 @@ class Sending:
 
     def __init__(
         self,
-        scheme: ChannelScheme,
+        scheme: ChannelScheme | BlockScheme,
         worker_id: str = "p0",
         num_blocks: int = 64,
         spec: KVSpec = SPEC,
+        pool: Tensor | None = None,
         **more: object,
     ) -> None:
         self.spec = spec
-        self.pool = make_pool(num_blocks, spec)
+        self.pool = make_pool(num_blocks, spec) if pool is None else pool
         self.host = PrefillHostForTests()
         self.woken: SimpleQueue[None] = SimpleQueue()
         self.sender = KVSender(make_context(self.pool, worker_id, scheme, spec, **more), self.host, self._wake)
@@ -166,6 +176,13 @@ class Sending:
         for block in range(num_hit_blocks):
             self.pool[blocks[block]] = block_content(request.token_ids, block, self.spec)
         return Prompt(self, request, self.sender.begin(request, destination), blocks, num_hit_blocks)
+
+    def hello(self) -> PairHello:
+        """The greeting of its pair, once it is said."""
+        said: list[PeerMessage] = []
+        wait_for(lambda: bool(said.extend(self.sender.take_outgoing()) or said))
+        assert isinstance(said[0].message, PairHello)
+        return said[0].message
 
     def outcome(self, request_id: str) -> HandOffOutcome | None:
         return next((outcome for outcome in self.host.outcomes if outcome.request_id == request_id), None)
@@ -217,14 +234,15 @@ class Receiving:
 
     def __init__(
         self,
-        scheme: ChannelScheme,
+        scheme: ChannelScheme | BlockScheme,
         num_blocks: int = 64,
         spec: KVSpec = SPEC,
         tolerance: float = 0.0,
+        pool: Tensor | None = None,
         **more: object,
     ) -> None:
         self.spec = spec
-        self.bytes = make_pool(num_blocks, spec)
+        self.bytes = make_pool(num_blocks, spec) if pool is None else pool
         self.host = DecodeHostForTests(num_blocks, self.bytes, spec, tolerance)
         self.woken: SimpleQueue[None] = SimpleQueue()
         context = make_context(self.bytes, "d0", scheme, spec, **more)

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 from twostroke_cli import client, models, pull
-from twostroke_cli.__main__ import app, flags
+from twostroke_cli.__main__ import app
 from twostroke_cli.chat import explanation_table
 from twostroke_cli.errors import CommandError
 from twostroke_cli.plan import ClusterPlan, parts_of
 from twostroke_cli.ports import claim, claim_or_any, split_address
 from twostroke_cli.screen import Screen
 from twostroke_cli.status import in_bytes, worker_row
+from twostroke_cli.up_flags import as_words
 from typer.testing import CliRunner
 
 COMMANDS = ["up", "demo", "pull", "chat", "ask", "status"]
@@ -169,9 +170,9 @@ def test_servers_that_run_already_are_not_started(tmp_path: Path) -> None:
 
 
 def test_flags_are_passed_on_if_given() -> None:
-    assert flags(block_size=16, num_blocks=None, dtype="float32") == ("--block-size", "16", "--dtype", "float32")
-    assert flags(batch_invariant=True, threads=1) == ("--batch-invariant", "--threads", "1")
-    assert flags(batch_invariant=False) == ()
+    assert as_words(block_size=16, num_blocks=None, dtype="float32") == ("--block-size", "16", "--dtype", "float32")
+    assert as_words(batch_invariant=True, threads=1) == ("--batch-invariant", "--threads", "1")
+    assert as_words(batch_invariant=False, channels="") == ()
 
 
 # ---- what a router answers -------------------------------------------------------------------------------------------

@@ -284,17 +284,17 @@ def test_what_is_no_endpoint_is_an_error() -> None:
 def test_a_pair_takes_the_receivers_best_that_the_sender_has_too() -> None:
     cpu = torch.device("cpu")
     factory = channel_factory(cpu, "127.0.0.1", 1.0)
-    local, gloo, tcp = factory.abilities
+    local, gloo, tcp = [text for text in factory.abilities if not text.startswith("nixl:")]
     assert (local, gloo, tcp) == (f"shm:{shm.place()}", "collective:gloo", "tcp")
     listeners = factory.listen()
     try:
         assert listeners.choose(factory.abilities).endpoint("p").startswith("shm://")
         assert listeners.choose([tcp, gloo, "shm:another host"]).endpoint("p").startswith("collective://")
-        assert listeners.choose(["collective:nccl", "nixl", tcp]).endpoint("p").startswith("tcp://")
+        assert listeners.choose(["collective:nccl", "pigeon", tcp]).endpoint("p").startswith("tcp://")
         assert not listeners.refusal([tcp])
         with pytest.raises(ChannelError, match="no common channel"):
             listeners.choose(["shm:another host"])
-        assert listeners.refusal(["nixl"]).endswith("collective:gloo, tcp, the prefill worker nixl")
+        assert listeners.refusal(["pigeon"]).endswith("collective:gloo, tcp, the prefill worker pigeon")
     finally:
         listeners.close()
     asked = channel_factory(cpu, "127.0.0.1", 1.0, ["tcp", "shm"])
@@ -303,7 +303,11 @@ def test_a_pair_takes_the_receivers_best_that_the_sender_has_too() -> None:
 
 @pytest.mark.parametrize(
     ("names", "message"),
-    [(["tcp", "nixl"], "no KV channel nixl here; there are shm, collective, tcp"), (["tcp", "tcp"], "named twice")],
+    [
+        (["tcp", "pigeon"], "no KV channel pigeon here; there are shm, .*collective, tcp"),
+        (["cuda_ipc"], "no KV channel cuda_ipc here"),
+        (["tcp", "tcp"], "named twice"),
+    ],
 )
 def test_channels_that_are_not_there_are_named(names: list[str], message: str) -> None:
     with pytest.raises(ModelError, match=message):

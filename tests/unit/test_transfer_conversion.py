@@ -116,7 +116,8 @@ def test_a_choice_that_the_sender_cannot_make_ends_its_hand_offs() -> None:
     link.receiving.receiver.reserve(request, 60.0)
     prompt = sending.begin(request, link.receiving.host.grants()["r"])
     prompt.chunk(1000)
-    welcome = PairWelcome(worker_id="d", worker_epoch=1, channel="loopback://0", block_size=64, wire_dtype="float32")
+    hello = sending.hello()
+    welcome = PairWelcome(channel="loopback://0", block_size=64, wire_dtype="float32", pair_id=hello.pair_id)
     sending.sender.receive("decode:1", welcome)
     for _ in range(1000):
         sending.sender.poll(0.0)

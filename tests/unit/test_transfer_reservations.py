@@ -116,7 +116,7 @@ def hello_with(**fields: object) -> PairHello:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"version": 1}, "transfer protocol 1; this worker speaks 2"),
+        ({"version": 1}, "transfer protocol 1; this worker speaks 3"),
         ({"kv_fingerprint": "other"}, "shapes"),
         ({"model_fingerprint": "other"}, "models differ"),
         ({"tokenizer_hash": "other"}, "tokenizers differ"),

@@ -42,8 +42,8 @@ def test_channels_are_names_in_order(capsys: pytest.CaptureFixture[str]) -> None
     assert engine_config().channels == ()
     assert engine_config("--channels", "tcp,shm").channels == ("tcp", "shm")
     with pytest.raises(SystemExit):
-        engine_config("--channels", "tcp,nixl")
-    assert "--channels: expected some of shm,collective,tcp, got 'nixl'" in capsys.readouterr().err
+        engine_config("--channels", "tcp,pigeon")
+    assert "--channels: expected some of cuda_ipc,shm,nixl,collective,tcp, got 'pigeon'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fraction", ["0", "1.01", "nan"])

@@ -10,7 +10,7 @@ from hashlib import blake2b
 
 import msgspec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Of KV transfers between workers: messages, order on the wire, conversions and digests."""
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

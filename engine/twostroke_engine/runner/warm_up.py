@@ -11,7 +11,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
-from twostroke_kernels.backend import KVWire, PagedBatch, Penalties, SamplingRows
+from twostroke_kernels.backend import KVItems, KVWire, PagedBatch, Penalties, SamplingRows
 
 from twostroke_engine.kv.hashing import HASH_UNIT_TOKENS
 
@@ -76,8 +76,12 @@ def warm_blocks(backend: Backend, kv_pool: Tensor) -> None:
     backend.copy_blocks(kv_pool, first, second)
     for wire, num_layers in product(_wires(kv_pool), {1, kv_pool.shape[1]}):
         segment, _ = backend.pack_kv(kv_pool, first, 0, num_layers, wire)
-        backend.unpack_kv(kv_pool, second * wire.split(kv_pool), 0, segment, wire)
+        target = second * wire.split(kv_pool)
+        backend.unpack_kv(kv_pool, target, 0, segment, wire)
         backend.digest(segment)
+        if wire.dtype is kv_pool.dtype:
+            backend.push_kv(KVItems(kv_pool, first), KVItems(kv_pool, target), 0, num_layers, wire)
+            backend.digest_kv(KVItems(kv_pool, target), 0, num_layers, wire)
 
 
 def _wires(kv_pool: Tensor) -> Iterator[KVWire]:

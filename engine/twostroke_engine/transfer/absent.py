@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from twostroke_engine.messages import PeerMessage, RequestEnd, RequestUpdate
 from twostroke_engine.request import ErrorCode, Request, RequestFacts
-from twostroke_engine.transfer.end import ChunkOfHandOff, DecodeHost, KVSink, NoSink
+from twostroke_engine.transfer.end import ChunkOfHandOff, DecodeHost, KVSink, NoSink, TransferFaults
 from twostroke_engine.transfer.messages import FirstToken, KVDestination, ReceiverMessage, SenderMessage
 
 
@@ -21,7 +21,13 @@ class NoTransfers:
     num_waiting = 0
     kv_bytes = 0
     digest_failures = 0
+    num_quarantined = 0
     longest_wait_s = 0.0
+
+    @property
+    def faults(self) -> TransferFaults:
+        """None."""
+        return TransferFaults()
 
     def receive(self, peer: str, message: SenderMessage | ReceiverMessage) -> None:
         """Ignores a message that no one here can have asked for."""
@@ -71,6 +77,9 @@ class NoReceiver(NoTransfers):
 
     def __init__(self, host: DecodeHost) -> None:
         self._host = host
+
+    def commit_heard(self, lease_id: str, at_s: float) -> None:
+        """No one commits."""
 
     def reserve(self, request: Request, ttl_s: float) -> None:
         """Refuses the reservation at once."""

@@ -79,6 +79,29 @@ class CollectiveChannel:
             raise ChannelError(first_line(error)) from error
 
 
+class GlooChannel(CollectiveChannel):
+    """One rank of a pair on hosts: each message goes behind its length. Gloo takes a shorter message for a whole one,
+    and ends the process at a longer one, from a thread of its own."""
+
+    def __init__(self, group: _Group, rank: int, timeout: timedelta) -> None:
+        super().__init__(group, rank, timeout)
+        self._length = torch.zeros(1, dtype=torch.int64)
+
+    def send(self, payload: Tensor) -> None:
+        """Two operations."""
+        self._length[0] = payload.numel()
+        super().send(self._length)
+        super().send(payload)
+
+    def receive(self, payload: Tensor) -> None:
+        """After any other length nothing that follows could be trusted."""
+        super().receive(self._length)
+        if (length := int(self._length)) != payload.numel():
+            self.close()
+            raise ChannelError(f"{payload.numel()} bytes were announced, {length} came")
+        super().receive(payload)
+
+
 class CollectiveListener:
     """The store at which this process's senders meet it."""
 
@@ -116,6 +139,7 @@ class CollectiveScheme:
         self._timeout = timedelta(seconds=timeout_s)
         is_cuda = device.type == "cuda"
         self._build = self._nccl_group if is_cuda else self._gloo_group
+        self._channel = CollectiveChannel if is_cuda else GlooChannel
         self.ability = "collective:nccl" if is_cuda else "collective:gloo"
 
     def listen(self) -> CollectiveListener:
@@ -142,7 +166,7 @@ class CollectiveScheme:
             group = self._build(store, rank)
         except RuntimeError as error:
             raise ChannelError(f"no pair at {endpoint}: {first_line(error)}") from error
-        channel = CollectiveChannel(group, rank, self._timeout)
+        channel = self._channel(group, rank, self._timeout)
         self._greet(channel, rank)
         return channel
 

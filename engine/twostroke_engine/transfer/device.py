@@ -90,9 +90,11 @@ class CudaSide:
         stream = self._stream()
         if after is not None:
             stream.wait_event(after)
-        with torch.cuda.stream(stream):
-            yield
-        stream.synchronize()
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            stream.synchronize()
 
     def turn(self) -> AbstractContextManager[None]:
         """The device's turn."""

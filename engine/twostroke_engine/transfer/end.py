@@ -15,6 +15,19 @@ from twostroke_engine.request import Request, RequestFacts
 from twostroke_engine.transfer.messages import FirstToken, KVDestination, ReceiverMessage, SenderMessage
 
 
+@dataclass(slots=True)
+class TransferFaults:
+    """What went wrong so far and was noticed, digests aside."""
+
+    resends: int = 0
+    """Segments sent again."""
+    stale: int = 0
+    """Messages and segments for a lease or an epoch that is over, and those that came twice."""
+    broken_pairs: int = 0
+    failed: int = 0
+    """Hand-offs, or leases, that came to nothing by a fault: their prompts are prefilled again."""
+
+
 class TransferEnd(Protocol):
     """One end of KV transfers, driven by the engine loop."""
 
@@ -36,6 +49,16 @@ class TransferEnd(Protocol):
     @property
     def digest_failures(self) -> int:
         """Segments whose digest did not match so far."""
+        ...
+
+    @property
+    def faults(self) -> TransferFaults:
+        """What went wrong so far."""
+        ...
+
+    @property
+    def num_quarantined(self) -> int:
+        """Blocks given up that a writer may still write to; 0 on the sending side."""
         ...
 
     @property
@@ -120,6 +143,10 @@ class HandOffOutcome:
     kv_segments: int
     kv_resends: int
     skipped_tokens: int
+    committed_s: float | None = None
+    """When the last commit went out, on the sender's clock."""
+    closed_s: float = 0.0
+    """When the hand-off was over, on the same clock."""
 
 
 class SendingEnd(TransferEnd, Protocol):
@@ -143,6 +170,10 @@ class ReceivingEnd(TransferEnd, Protocol):
 
     def reserve(self, request: Request, ttl_s: float) -> None:
         """Queues a reservation; the answer is a `RequestUpdate`, granted or ended."""
+        ...
+
+    def commit_heard(self, lease_id: str, at_s: float) -> None:
+        """When a sender's commit was at this host; any thread may call."""
         ...
 
 

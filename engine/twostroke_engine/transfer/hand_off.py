@@ -80,7 +80,8 @@ class HandOff:
         self._num_held = 0
         self._first: tuple[FirstToken, ...] | None = None
         self._opened_s = 0.0
-        self._numbers = 0
+        self._committed_s: float | None = None
+        self._num_sent = 0
         self._kv_bytes = 0
         self._num_resent = 0
 
@@ -129,15 +130,13 @@ class HandOff:
             return None
         return self._resends.popleft() if self._resends else self._next_new(shape)
 
-    def sent(self, piece: Piece, num_bytes: int) -> int:
-        """The piece goes out; returns its number."""
-        number = self._numbers
-        self._numbers += 1
+    def sent(self, piece: Piece, number: int, num_bytes: int) -> None:
+        """The piece goes out under this number."""
+        self._num_sent += 1
         piece.tries += 1
         self._num_resent += piece.tries > 1
         self._kv_bytes += num_bytes
         self._outstanding[number] = piece
-        return number
 
     def result(self, number: int, accepted: bool) -> None:
         """What the receiver made of a segment; a rejected one is sent again, and a commit since then was void.
@@ -154,11 +153,12 @@ class HandOff:
         self.state = HandOffState.SENDING
         self.answer_due_s = None
 
-    def commit(self) -> CommitTransfer:
+    def commit(self, now_s: float) -> CommitTransfer:
         """The message that ends the transfer."""
         self.state = HandOffState.COMMITTING
+        self._committed_s = now_s
         return CommitTransfer(
-            lease_id=self.lease_id, epoch=self.epoch, num_segments=self._numbers, first=self._first or ()
+            lease_id=self.lease_id, epoch=self.epoch, num_segments=self._num_sent, first=self._first or ()
         )
 
     def outcome(self, error: str, now_s: float, block_size: int) -> HandOffOutcome:
@@ -168,9 +168,11 @@ class HandOff:
             error=error,
             transfer_s=now_s - self._opened_s if self.state is not HandOffState.NEW else 0.0,
             kv_bytes=self._kv_bytes,
-            kv_segments=self._numbers - self._num_resent,
+            kv_segments=self._num_sent - self._num_resent,
             kv_resends=self._num_resent,
             skipped_tokens=min(self._num_held * block_size, self.num_tokens),
+            committed_s=self._committed_s,
+            closed_s=now_s,
         )
 
     def _next_new(self, shape: SegmentShape) -> Piece | None:

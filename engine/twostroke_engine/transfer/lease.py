@@ -9,8 +9,9 @@
     (no blocks yet)            readers = 0 and writers = 0
 
 There are two kinds of reference. A **reader** will read the blocks; the lease itself is the first one, from `bind`
-until `hand_over` or `abort`. A **writer** may write to them: here the thread that receives from the channel, in a later
-one-sided channel a remote process. Blocks become free only when there is neither, and are named as free exactly once.
+until `hand_over` or `abort`. A **writer** may write to them: the thread that receives from the channel, or another
+process where the sender writes to blocks by itself. Blocks become free only when there is neither, and are named as
+free exactly once.
 
 A writer is gone only when it says so itself (`end_write`): an acknowledgement, the end of its thread, the tearing down
 of its mapping. This is the fence, and a fence is proof: no clock appears in this module. An expired lease is aborted,

@@ -103,6 +103,8 @@ class PairWelcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
     """Tokens in a block on the wire."""
     wire_dtype: str = ""
     """Number format on the wire."""
+    pair_id: str = ""
+    """Of the greeting that it answers, however late."""
 
 
 class TransferOpened(msgspec.Struct, frozen=True, kw_only=True, tag="opened"):

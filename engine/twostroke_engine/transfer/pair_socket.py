@@ -66,6 +66,12 @@ class PairSocket:
             if not self._is_busy:  # otherwise its number could be another file's while the operation still uses it
                 self._connection.close()
 
+    def detach(self) -> socket.socket:
+        """The connection itself, for one that goes on without operations; this object is of no use any more."""
+        with self._lock:
+            self._is_closed = True
+            return socket.socket(fileno=self._connection.detach())
+
     # ---- inside an operation -------------------------------------------------------------------------------------
 
     def write(self, *parts: bytes | memoryview) -> None:

@@ -99,8 +99,7 @@ class SegmentShape:
 
     def items(self, segment: KVSegment, block_ids: Sequence[int]) -> list[int]:
         """Where a segment's blocks lie in this side's blocks of the prompt, see `Backend.pack_kv`."""
-        places = range(segment.first_block, segment.first_block + segment.num_blocks)
-        return [block_ids[place // self.split] * self.split + place % self.split for place in places]
+        return place_items(block_ids, segment.first_block, segment.num_blocks, self.split)
 
     def layer_groups(self, layers: int) -> Iterator[tuple[int, int]]:
         """(first layer, how many) of groups of `layers` layers; the last one may be smaller."""
@@ -118,6 +117,17 @@ class SegmentShape:
         """Whether a segment becomes ready by this layer."""
         done = layer + 1 - self.layout.first_layer
         return done % self.layers_per_segment == 0 or done == self.layout.num_layers
+
+
+def place_items(block_ids: Sequence[int], first: int, count: int, split: int) -> list[int]:
+    """Where blocks [first, first + count) of the wire lie, of which `split` make a block of these.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    if (first + count - 1) // split >= len(block_ids):
+        raise ValueError(f"blocks {first} to {first + count} do not lie in {len(block_ids)} blocks of {split}")
+    return [block_ids[place // split] * split + place % split for place in range(first, first + count)]
 
 
 def plan_transfer(shape: SegmentShape, chunk: ChunkBlocks, num_tokens: int, num_held_blocks: int) -> KVTransferPlan:
@@ -154,6 +164,11 @@ class Tiling:
         self._end_block = num_blocks
         self._expected = (1 << num_blocks) - (1 << first_block)
         self._layers = [0] * num_layers
+
+    @property
+    def first_block(self) -> int:
+        """Blocks before it are not expected."""
+        return self._first_block
 
     @property
     def num_blocks(self) -> int:

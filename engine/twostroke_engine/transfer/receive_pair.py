@@ -1,11 +1,13 @@
-"""`ReceivePair`: the thread that takes segments from one prefill worker. It is the only writer of their blocks.
+"""`ReceivePair`: the thread that takes segments from one prefill worker. It is the only writer of their blocks, but on
+a channel whose sender writes to them itself (`Inlet`), where a grant that ends may wait for its fence.
 
 The engine's thread owns the leases and gives this thread a `WriteGrant` for each bound one: a writer reference, held
 until the thread says that it has dropped it. It drops a grant when the lease was filled, aborted, revoked or failed, or
 when the pair broke; by then it writes to none of the blocks, which makes the report a fence.
 
 Announced bytes are always received, in the order of their announcements, so that the channel stays in step: without a
-grant of that lease and epoch they go nowhere. A segment is unpacked into blocks only after its digests were compared.
+grant of that lease and epoch they go nowhere. Announcements are numbered, so one that comes twice is known, and one
+that is missing breaks the pair. A segment is unpacked into blocks only after its digests were compared.
 """
 
 from __future__ import annotations
@@ -15,12 +17,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 from threading import Thread
 
-import torch
 from torch import Tensor
 
-from twostroke_engine.transfer.channel import ChannelError, ChannelListener, KVChannel
-from twostroke_engine.transfer.context import TransferContext, kernel_wire
+from twostroke_engine.transfer.channel import BlockListener, BlockTarget, ChannelError, ChannelListener, KVChannel
+from twostroke_engine.transfer.context import TransferContext
 from twostroke_engine.transfer.device import Mark
+from twostroke_engine.transfer.inlet import Inlet, inlet_of
 from twostroke_engine.transfer.mailbox import Mailbox
 from twostroke_engine.transfer.messages import (
     AbortTransfer,
@@ -71,6 +73,8 @@ class WriteEnd:
     grant: WriteGrant | None = None
     """None: an abort of a lease that was never bound here."""
     first: tuple[FirstToken, ...] = field(default=())
+    is_fenced: bool = True
+    """False: the sender may still write to the blocks; `PairReports.fenced` follows."""
 
 
 class PairReports:
@@ -82,12 +86,15 @@ class PairReports:
         ended: Callable[[WriteEnd], None],
         received: Callable[[str, int, bool], None],
         broken: Callable[[str], None],
+        fenced: Callable[[str, int], None],
     ) -> None:
         self.say = say
         self.ended = ended
         self.received = received
         """(lease id, payload bytes, whether the digests matched) of each segment that a grant waited for."""
         self.broken = broken
+        self.fenced = fenced
+        """(lease id, epoch) of a write end that was not fenced, and is now; from any thread."""
 
 
 class ReceivePair:
@@ -98,17 +105,20 @@ class ReceivePair:
         pair_id: str,
         context: TransferContext,
         wire: WireFormat,
-        listener: ChannelListener,
+        listener: ChannelListener | BlockListener,
         reports: PairReports,
     ) -> None:
         self.pair_id = pair_id
+        self.num_stale = 0
+        """Messages for a lease or an epoch that is over, or that came before."""
         self.shape = context.shape_on(wire)
         self._context = context
         self._listener = listener
         self._reports = reports
         self._mailbox = Mailbox()
         self._grants: dict[tuple[str, int], WriteGrant] = {}
-        self._channel: KVChannel | None = None
+        self._num_announced = 0
+        self._inlet: Inlet | None = None
         self._failure = ""
         self._stop_reason = ""
         self._is_stopped = False
@@ -124,9 +134,9 @@ class ReceivePair:
         """Any thread: ends every grant, then the thread."""
         self._stop_reason = reason
         self._mailbox.post(self._stop)
-        channel = self._channel
-        if channel is not None:
-            channel.close()
+        inlet = self._inlet
+        if inlet is not None:
+            inlet.close()
 
     def join(self, timeout_s: float) -> None:
         """Waits for the thread's end."""
@@ -141,6 +151,8 @@ class ReceivePair:
             self._end(grant, Ending.FAILED, self._failure)
         else:
             self._clear_rest(grant)
+            if self._inlet is not None:
+                self._inlet.open(grant)
 
     def revoke(self, lease_id: str, epoch: int) -> None:
         """The engine gives a lease up."""
@@ -176,14 +188,20 @@ class ReceivePair:
             self._break(f"{type(error).__name__}: {error}")
 
     def _accept(self) -> None:
-        self._channel = self._listener.accept(self.pair_id)
+        self._inlet = inlet_of(self._context, self.shape, self._meet())
+
+    def _meet(self) -> KVChannel | BlockTarget:
+        if isinstance(self._listener, BlockListener):
+            return self._listener.accept_writer(self.pair_id, self._reports.fenced)
+        return self._listener.accept(self.pair_id)
 
     def _segment(self, message: SegmentReady) -> None:
-        if self._failure:
+        if self._failure or not self._is_next(message.number):
             return
-        payload = self._receive(message.num_bytes)
+        inlet, taken = self._take(message.num_bytes)
         grant = self._grants.get((message.lease_id, message.epoch))
         if grant is None:
+            self.num_stale += 1
             return
         segment = KVSegment(
             message.first_layer,
@@ -193,43 +211,36 @@ class ReceivePair:
             self.shape.layout.first_head,
             self.shape.layout.num_heads,
         )
-        if not grant.tiling.fits(segment) or payload.numel() != self._num_bytes(segment):
+        if not grant.tiling.fits(segment) or message.num_bytes != self._num_bytes(segment):
             self._end(grant, Ending.FAILED, f"segment {message.number} does not fit the lease")
             return
-        is_good = self._store(grant, segment, message.digests, payload)
+        is_good = inlet.store(segment, grant, message.digests, taken)
+        if is_good:
+            grant.tiling.add(segment)
         grant.kv_segments += is_good
         grant.kv_resends += not is_good
-        grant.kv_bytes += payload.numel()
-        self._reports.received(grant.lease_id, payload.numel(), is_good)
+        grant.kv_bytes += message.num_bytes
+        self._reports.received(grant.lease_id, message.num_bytes, is_good)
         self._reports.say(
             SegmentResult(lease_id=message.lease_id, epoch=message.epoch, number=message.number, accepted=is_good)
         )
 
-    def _receive(self, num_bytes: int) -> Tensor:
-        """The announced bytes, in memory of their own."""
-        most = max(MAX_SEGMENT_BYTES, self._context.spec.block_bytes)
-        if self._channel is None or not 0 < num_bytes <= most:
-            raise ChannelError(f"a segment of {num_bytes} bytes was announced; at most {most} are taken")
-        device = self._context.device
-        with device.work(None):
-            payload = torch.empty(num_bytes, dtype=torch.uint8, device=self._context.pool.device)
-        with device.turn():
-            self._channel.receive(payload)
-        return payload
-
-    def _store(self, grant: WriteGrant, segment: KVSegment, digests: tuple[int, ...], payload: Tensor) -> bool:
-        """Compares the digests, then writes; False, and nothing is written, if one differs."""
-        context = self._context
-        with context.device.work(grant.after):
-            packed = payload.view(segment.num_blocks, -1)
-            found = [digest & 0xFFFF_FFFF_FFFF_FFFF for digest in context.backend.digest(packed).tolist()]
-            if found != list(digests):
-                return False
-            items = self.shape.items(segment, grant.block_ids)
-            ids = torch.tensor(items, dtype=torch.int64, device=context.pool.device)
-            context.backend.unpack_kv(context.pool, ids, segment.first_layer, packed, kernel_wire(self.shape.wire))
-        grant.tiling.add(segment)
+    def _is_next(self, number: int) -> bool:
+        """Whether the channel's next message is the one with this number; False if it was dealt with before."""
+        if number < self._num_announced:
+            self.num_stale += 1
+            return False
+        if number > self._num_announced:
+            raise ChannelError(f"segment {number} was announced, but not {self._num_announced}")
+        self._num_announced += 1
         return True
+
+    def _take(self, num_bytes: int) -> tuple[Inlet, Tensor | None]:
+        """The announced bytes, unless they are in the blocks already."""
+        most = max(MAX_SEGMENT_BYTES, self._context.spec.block_bytes)
+        if self._inlet is None or not 0 < num_bytes <= most:
+            raise ChannelError(f"a segment of {num_bytes} bytes was announced; at most {most} are taken")
+        return self._inlet, self._inlet.take(num_bytes)
 
     def _clear_rest(self, grant: WriteGrant) -> None:
         """Zeroes what no item covers of a last block: what an earlier user left there may be NaN."""
@@ -243,6 +254,7 @@ class ReceivePair:
         """All segments before it were dealt with: the mailbox keeps their order."""
         grant = self._grants.get((message.lease_id, message.epoch))
         if grant is None:
+            self.num_stale += 1
             return
         num_dealt_with = grant.kv_segments + grant.kv_resends
         if grant.tiling.is_complete and message.num_segments == num_dealt_with:
@@ -260,16 +272,20 @@ class ReceivePair:
 
     def _end(self, grant: WriteGrant, ending: Ending, reason: str, first: tuple[FirstToken, ...] = ()) -> None:
         del self._grants[grant.lease_id, grant.epoch]
-        self._reports.ended(WriteEnd(grant.lease_id, grant.epoch, ending, reason, grant, first))
+        # After a commit or an abort the sender touches the blocks no more: it has said so.
+        is_acknowledged = ending in (Ending.FILLED, Ending.ABORTED)
+        inlet = self._inlet
+        is_fenced = inlet is None or inlet.end(grant.lease_id, grant.epoch, is_acknowledged=is_acknowledged)
+        self._reports.ended(WriteEnd(grant.lease_id, grant.epoch, ending, reason, grant, first, is_fenced))
 
     def _break(self, reason: str) -> None:
         """The pair is of no use any more; grants that still come end at once until the engine stops it."""
         reason = self._stop_reason or reason
-        channel, self._channel = self._channel, None
-        if channel is not None:
-            channel.close()
+        if self._inlet is not None:
+            self._inlet.close()
         for grant in list(self._grants.values()):
             self._end(grant, Ending.FAILED, reason)
+        self._inlet = None
         if not self._failure:
             self._failure = reason
             self._reports.broken(reason)

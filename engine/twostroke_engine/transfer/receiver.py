@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import count
 
@@ -16,9 +17,9 @@ from twostroke_engine.kv.hashing import block_hashes
 from twostroke_engine.kv.spec import PROTOCOL_VERSION
 from twostroke_engine.messages import LeaseGrant, PeerMessage, RequestEnd, RequestUpdate
 from twostroke_engine.request import ErrorCode, Request, RequestFacts
-from twostroke_engine.transfer.channel import scheme_of
+from twostroke_engine.transfer.channel import BlockListener, ChannelListener, scheme_of
 from twostroke_engine.transfer.context import TransferContext
-from twostroke_engine.transfer.end import DecodeHost
+from twostroke_engine.transfer.end import DecodeHost, TransferFaults
 from twostroke_engine.transfer.lease import LeaseState
 from twostroke_engine.transfer.mailbox import Mailbox
 from twostroke_engine.transfer.messages import (
@@ -35,6 +36,7 @@ from twostroke_engine.transfer.messages import (
 )
 from twostroke_engine.transfer.outgoing import Outgoing
 from twostroke_engine.transfer.plan import Tiling
+from twostroke_engine.transfer.quarantine import Quarantine
 from twostroke_engine.transfer.receive_pair import Ending, PairReports, ReceivePair, WriteEnd, WriteGrant
 from twostroke_engine.transfer.reservation import Reservation, WaitingRequest
 from twostroke_engine.transfer.wire import CannotPair, KVSide, WireFormat, choose_wire
@@ -54,6 +56,8 @@ class KVReceiver:
         self.kv_bytes = 0
         self.digest_failures = 0
         self.longest_wait_s = 0.0
+        self._faults = TransferFaults()
+        self._quarantine = Quarantine()
         self._context = context
         self._host = host
         self._wake = wake
@@ -64,6 +68,7 @@ class KVReceiver:
         self._waiting: deque[WaitingRequest] = deque()
         self._leases: dict[str, Reservation] = {}
         self._pairs: dict[str, ReceivePair] = {}
+        self._broken: dict[str, str] = {}  # by peer: its last pair, if that broke
 
     @property
     def num_open(self) -> int:
@@ -74,6 +79,17 @@ class KVReceiver:
     def num_waiting(self) -> int:
         """Reservations that wait for capacity."""
         return len(self._waiting)
+
+    @property
+    def faults(self) -> TransferFaults:
+        """What went wrong so far."""
+        return replace(self._faults, stale=self._faults.stale + sum(pair.num_stale for pair in self._pairs.values()))
+
+    @property
+    def num_quarantined(self) -> int:
+        """Blocks of leases that were given up while a writer may still write to them."""
+        given_up = (entry.lease for entry in self._leases.values() if entry.lease.state is LeaseState.ABORTING)
+        return sum(len(lease.block_ids) for lease in given_up) + self._quarantine.num_blocks
 
     # ---- the engine's thread -------------------------------------------------------------------------------------
 
@@ -100,6 +116,12 @@ class KVReceiver:
                 pair.post(pair.hear, message)
             else:  # its greeting may still wait for this thread
                 self._post(self._pass_on, peer, message)
+
+    def commit_heard(self, lease_id: str, at_s: float) -> None:
+        """Any thread: a sender's commit was at this host, on this clock; what it says comes by `receive`."""
+        reservation = self._leases.get(lease_id)
+        if reservation is not None:
+            reservation.commit_heard(at_s)
 
     def peer_lost(self, peer: str, reason: str) -> None:
         """Gives up every lease that the peer was filling."""
@@ -173,15 +195,18 @@ class KVReceiver:
     # ---- messages of senders -------------------------------------------------------------------------------------
 
     def _hello(self, peer: str, message: PairHello) -> None:
+        known = self._pairs.get(peer)
+        if known is not None and known.pair_id == message.pair_id:
+            self._faults.stale += 1
+            return
         self._drop_pair(peer, "the prefill worker made a new pair")
         refused, channel, wire = "", "", WireFormat(0, "")
         try:
-            wire = self._settle(message)
+            listener, wire = self._settle(message)
         except CannotPair as error:
             refused = str(error)
             log.warning("prefill worker %s is refused: %s", message.worker_id, refused)
         else:
-            listener = self._listeners.choose(message.channels)
             channel = listener.endpoint(message.pair_id)
             log.info("pair %s: KV comes over %s as %s", message.pair_id, scheme_of(channel), wire)
             reports = PairReports(
@@ -189,6 +214,7 @@ class KVReceiver:
                 ended=partial(self._post, self._write_ended),
                 received=self._post_received,
                 broken=partial(self._post, self._pair_broken, peer, message.pair_id),
+                fenced=partial(self._post, self._fenced),
             )
             pair = self._pairs[peer] = ReceivePair(message.pair_id, self._context, wire, listener, reports)
             pair.start()
@@ -201,6 +227,7 @@ class KVReceiver:
                 channel=channel,
                 block_size=wire.block_size,
                 wire_dtype=wire.dtype,
+                pair_id=message.pair_id,
             ),
         )
 
@@ -209,17 +236,24 @@ class KVReceiver:
         if pair is not None:
             pair.post(pair.hear, message)
 
-    def _settle(self, message: PairHello) -> WireFormat:
-        """What the pair will send, or `CannotPair`."""
+    def _settle(self, message: PairHello) -> tuple[ChannelListener | BlockListener, WireFormat]:
+        """Over which channel and as what the pair will send, or `CannotPair`."""
         if message.version != PROTOCOL_VERSION:
             raise CannotPair(f"transfer protocol {message.version}; this worker speaks {PROTOCOL_VERSION}")
         if reason := self._listeners.refusal(message.channels):
             raise CannotPair(reason)
         theirs = KVSide(**{name: getattr(message, name) for name in KVSide.__struct_fields__})
-        return choose_wire(theirs, self._context.side, self._context.shape.layout.head_dim)
+        wire = choose_wire(theirs, self._context.side, self._context.shape.layout.head_dim)
+        listener = self._listeners.choose(message.channels)
+        # What is written to blocks is as they store it: a wish to spare a link has no link to spare.
+        stored = WireFormat(wire.block_size, self._context.spec.dtype)
+        return listener, stored if isinstance(listener, BlockListener) else wire
 
     def _open(self, peer: str, message: OpenTransfer) -> None:
         pair, reservation = self._pairs.get(peer), self._leases.get(message.lease_id)
+        if reservation is not None and reservation.is_open_for(peer, message.epoch):
+            self._faults.stale += 1  # it came twice
+            return
         error = ""
         if pair is None:
             error = "no pair: its greeting was refused, or it broke"
@@ -228,6 +262,9 @@ class KVReceiver:
         elif message.num_tokens != reservation.request.num_prompt_tokens:
             error = f"{message.num_tokens} tokens; the reservation is for {reservation.request.num_prompt_tokens}"
         if error or pair is None or reservation is None:
+            self._faults.stale += pair is not None
+            if pair is None:  # the peer may not have heard, and would open one lease after the other in vain
+                self._refuse_broken(peer, "before this lease was opened")
             closed = TransferClosed(lease_id=message.lease_id, epoch=message.epoch, error=error)
             self._outgoing.say(peer, closed)
             return
@@ -264,10 +301,12 @@ class KVReceiver:
     def _write_ended(self, end: WriteEnd) -> None:
         reservation = self._leases.get(end.lease_id)
         if reservation is None or reservation.lease.epoch != end.epoch:
+            self._faults.stale += 1
             return
         if end.grant is not None:
             reservation.note(end.grant)
-            self._free(reservation.lease.end_write())
+            if end.is_fenced or not self._quarantine.hold(reservation.lease):
+                self._free(reservation.lease.end_write())
         if reservation.lease.state is LeaseState.FILLING and end.ending is Ending.FILLED:
             self._adopt(reservation, end)
         elif reservation.lease.state in (LeaseState.RESERVED, LeaseState.FILLING):
@@ -275,6 +314,11 @@ class KVReceiver:
             self._give_up(reservation, code, end.reason)
         else:
             self._close_if_done(reservation)
+
+    def _fenced(self, lease_id: str, epoch: int) -> None:
+        lease = self._quarantine.fenced(lease_id, epoch)
+        if lease is not None:
+            self._free(lease.end_write())
 
     def _adopt(self, reservation: Reservation, end: WriteEnd) -> None:
         pool, lease = self._host.pool, reservation.lease
@@ -290,15 +334,23 @@ class KVReceiver:
         """Says so, because a sender that is idle notices nothing of a broken channel."""
         pair = self._pairs.get(peer)
         if pair is not None and pair.pair_id == pair_id:
-            self._outgoing.say(peer, PairWelcome(refused=f"the pair broke: {reason}"))
             self._drop_pair(peer, reason)
+            self._broken[peer] = pair_id
+            self._refuse_broken(peer, reason)
+
+    def _refuse_broken(self, peer: str, reason: str) -> None:
+        if pair_id := self._broken.get(peer):
+            self._outgoing.say(peer, PairWelcome(refused=f"the pair broke: {reason}", pair_id=pair_id))
 
     # ---- endings -------------------------------------------------------------------------------------------------
 
     def _drop_pair(self, peer: str, reason: str) -> None:
+        self._broken.pop(peer, None)
         pair = self._pairs.pop(peer, None)
         if pair is None:
             return
+        self._faults.broken_pairs += 1
+        self._faults.stale += pair.num_stale
         for reservation in [entry for entry in self._leases.values() if entry.peer == peer]:
             self._give_up(reservation, ErrorCode.TRANSFER, reason)
         pair.stop(reason)
@@ -307,6 +359,7 @@ class KVReceiver:
         """Aborts a lease; its end is reported when its blocks are free."""
         if not reservation.give_up(code, reason):
             return
+        self._faults.failed += code is ErrorCode.TRANSFER
         self._host.pool.withdraw(reservation.take_promise())
         lease, pair = reservation.lease, self._pairs.get(reservation.peer)
         if pair is not None:
@@ -316,7 +369,8 @@ class KVReceiver:
         self._close_if_done(reservation)
 
     def _close_if_done(self, reservation: Reservation) -> None:
-        if reservation.lease.state is not LeaseState.CLOSED:
+        lease = reservation.lease
+        if lease.state is not LeaseState.CLOSED and not self._quarantine.holds(lease):
             return
         del self._leases[reservation.lease.lease_id]
         code, reason = reservation.error

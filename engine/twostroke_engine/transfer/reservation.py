@@ -46,6 +46,7 @@ class Reservation:
         self._num_promised = entry.num_blocks
         self._hashes: tuple[BlockHash, ...] = ()
         self._is_given_up = False
+        self._committed_s: float | None = None
         self._written: WriteGrant | None = None
 
     @property
@@ -63,6 +64,10 @@ class Reservation:
         """Whether this attempt may bind blocks."""
         return self.lease.state is LeaseState.RESERVED and epoch == self.lease.epoch
 
+    def is_open_for(self, peer: str, epoch: int) -> bool:
+        """Whether this attempt has its blocks already."""
+        return self.lease.state is LeaseState.FILLING and (peer, epoch) == (self.peer, self.lease.epoch)
+
     def take_promise(self) -> int:
         """The promised blocks, once: the caller withdraws them."""
         promised, self._num_promised = self._num_promised, 0
@@ -78,6 +83,10 @@ class Reservation:
         self._hashes = hashes
         self.lease.bind(block_ids)
         self.lease.begin_write(self.lease.epoch)
+
+    def commit_heard(self, now_s: float) -> None:
+        """The sender says that all of it was sent; any thread."""
+        self._committed_s = now_s
 
     def note(self, grant: WriteGrant) -> None:
         """What was written, for the facts."""
@@ -118,4 +127,5 @@ class Reservation:
             kv_segments=written.kv_segments if written else 0,
             kv_resends=written.kv_resends if written else 0,
             skipped_tokens=min(self.num_held_blocks * block_size, self.request.num_prompt_tokens),
+            ready_s=0.0 if self._committed_s is None else now_s - self._committed_s,
         )

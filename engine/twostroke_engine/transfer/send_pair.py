@@ -12,11 +12,10 @@ from collections.abc import Callable
 from threading import Thread
 
 import msgspec
-import torch
 
 from twostroke_engine.kv.spec import PROTOCOL_VERSION
-from twostroke_engine.transfer.channel import ChannelError, KVChannel, scheme_of
-from twostroke_engine.transfer.context import TransferContext, kernel_wire
+from twostroke_engine.transfer.channel import ChannelError, scheme_of
+from twostroke_engine.transfer.context import TransferContext
 from twostroke_engine.transfer.device import Mark
 from twostroke_engine.transfer.end import ChunkOfHandOff, HandOffOutcome
 from twostroke_engine.transfer.hand_off import HandOff, HandOffState, Piece, TooManyTries
@@ -34,11 +33,15 @@ from twostroke_engine.transfer.messages import (
     TransferClosed,
     TransferOpened,
 )
+from twostroke_engine.transfer.outlet import Outlet, outlet_of
 from twostroke_engine.transfer.wire import CannotPair, WireFormat, check_wire
 
 log = logging.getLogger(__name__)
 
 _IDLE_S = 5.0
+
+CANCELLED = "cancelled"
+"""The error of a hand-off that was cancelled here."""
 
 
 class SendPair:
@@ -53,6 +56,8 @@ class SendPair:
         broken: Callable[[SendPair], None],
     ) -> None:
         """`say`, `closed` and `broken` are called on the pair's thread and must not block."""
+        self.num_stale = 0
+        """Answers for a hand-off that is over, or with another epoch."""
         self._pair_id = pair_id
         self._context = context
         self._say = say
@@ -60,8 +65,9 @@ class SendPair:
         self._broken = broken
         self._mailbox = Mailbox()
         self._hand_offs: dict[int, HandOff] = {}
-        self._channel: KVChannel | None = None
+        self._outlet: Outlet | None = None
         self._shape = context.shape
+        self._num_announced = 0
         self._welcome_due_s: float | None = None
         self._failure = ""
         self._stop_reason = ""
@@ -78,9 +84,9 @@ class SendPair:
         """Any thread: closes everything with this reason, then ends the thread."""
         self._stop_reason = reason
         self._mailbox.post(self._stop)
-        channel = self._channel
-        if channel is not None:
-            channel.close()
+        outlet = self._outlet
+        if outlet is not None:
+            outlet.close()
 
     def join(self, timeout_s: float) -> None:
         """Waits for the thread's end."""
@@ -128,14 +134,18 @@ class SendPair:
         """Nothing more is read of the hand-off's blocks."""
         hand_off = self._hand_offs.get(sink_id)
         if hand_off is not None:
-            self._abort(hand_off, "cancelled", "cancelled")
+            self._abort(hand_off, CANCELLED, CANCELLED)
 
     def hear(self, message: ReceiverMessage) -> None:
         """A message of the receiver; what names no hand-off of ours is stale."""
         if isinstance(message, PairWelcome):
-            self._welcome(message)
+            if message.pair_id == self._pair_id:
+                self._welcome(message)
+            else:  # of the pair before this one
+                self.num_stale += 1
             return
         found = [ho for ho in self._hand_offs.values() if (ho.lease_id, ho.epoch) == (message.lease_id, message.epoch)]
+        self.num_stale += not found
         for hand_off in found:
             self._hear(hand_off, message)
 
@@ -178,12 +188,13 @@ class SendPair:
     def _welcome(self, message: PairWelcome) -> None:
         if message.refused:
             self._break(f"refused: {message.refused}")
-        elif self._channel is None and not self._failure:
+        elif self._outlet is None and not self._failure:
             wire = WireFormat(message.block_size, message.wire_dtype)
             check_wire(wire, self._context.side)
             self._shape = self._context.shape_on(wire)
             log.info("pair %s: KV goes over %s as %s", self._pair_id, scheme_of(message.channel), wire)
-            self._channel = self._context.channels.connect(message.channel, self._pair_id)
+            channel = self._context.channels.connect(message.channel, self._pair_id)
+            self._outlet = outlet_of(self._context, self._shape, channel)
             self._welcome_due_s = None
 
     def _hear(self, hand_off: HandOff, message: TransferOpened | SegmentResult | TransferClosed) -> None:
@@ -194,48 +205,48 @@ class SendPair:
                 try:
                     hand_off.result(message.number, message.accepted)
                 except TooManyTries as error:
-                    self._abort(hand_off, str(error), str(error))
+                    # The channel may have fallen out of step, and then nothing that follows would be right.
+                    self._break(str(error))
             case TransferClosed():
                 is_early = hand_off.state is not HandOffState.COMMITTING
                 self._close(hand_off, message.error or ("closed before it was committed" if is_early else ""))
 
     def _send_next(self) -> bool:
         """Sends one segment or commits one hand-off, the oldest first; False if there is nothing to do."""
-        for hand_off in [] if self._channel is None else list(self._hand_offs.values()):
+        for hand_off in [] if self._outlet is None else list(self._hand_offs.values()):
             piece = hand_off.next_piece(self._shape)
             if piece is not None:
-                self._send(self._channel, hand_off, piece)
+                self._send(self._outlet, hand_off, piece)
                 return True
             if hand_off.is_committable:
-                self._say(hand_off.commit())
+                self._say(hand_off.commit(self._now_s()))
                 hand_off.answer_due_s = self._due_s()
                 return True
         return False
 
-    def _send(self, channel: KVChannel | None, hand_off: HandOff, piece: Piece) -> None:
-        assert channel is not None
-        context, segment = self._context, piece.segment
-        items, wire = self._shape.items(segment, hand_off.block_ids), kernel_wire(self._shape.wire)
-        with context.device.work(piece.after):
-            ids = torch.tensor(items, dtype=torch.int64, device=context.pool.device)
-            packed, digests = context.backend.pack_kv(context.pool, ids, segment.first_layer, segment.num_layers, wire)
-            payload = packed.view(-1)
-            announced = tuple(digest & 0xFFFF_FFFF_FFFF_FFFF for digest in digests.tolist())
-        with context.device.turn():
+    def _send(self, outlet: Outlet | None, hand_off: HandOff, piece: Piece) -> None:
+        assert outlet is not None
+        prepared, segment = outlet.prepare(hand_off, piece), piece.segment
+        if prepared is None:  # the receiver has given the lease up; its word for that is on its way
+            return
+        number = self._num_announced
+        self._num_announced += 1
+        hand_off.sent(piece, number, prepared.num_bytes)
+        with outlet.turn():
             self._say(
                 SegmentReady(
                     lease_id=hand_off.lease_id,
                     epoch=hand_off.epoch,
-                    number=hand_off.sent(piece, payload.numel()),
+                    number=number,
                     first_layer=segment.first_layer,
                     num_layers=segment.num_layers,
                     first_block=segment.first_block,
                     num_blocks=segment.num_blocks,
-                    num_bytes=payload.numel(),
-                    digests=announced,
+                    num_bytes=prepared.num_bytes,
+                    digests=prepared.digests,
                 )
             )
-            channel.send(payload)
+            outlet.deliver(prepared)
 
     def _abort(self, hand_off: HandOff, reason: str, error: str) -> None:
         # An unopened lease is left alone: the router may give it to another prefill worker.
@@ -256,9 +267,9 @@ class SendPair:
                 self._close(hand_off, reason)
             else:
                 self._abort(hand_off, reason, reason)
-        channel, self._channel = self._channel, None
-        if channel is not None:
-            channel.close()
+        outlet, self._outlet = self._outlet, None
+        if outlet is not None:
+            outlet.close()
         self._welcome_due_s = None
         if not self._failure:
             self._failure = reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from uuid import uuid4
@@ -11,7 +12,7 @@ from twostroke_engine.messages import PeerMessage
 from twostroke_engine.request import Request
 from twostroke_engine.transfer.context import TransferContext
 from twostroke_engine.transfer.device import DeviceSide
-from twostroke_engine.transfer.end import ChunkOfHandOff, HandOffOutcome, KVSink, NoSink, PrefillHost
+from twostroke_engine.transfer.end import ChunkOfHandOff, HandOffOutcome, KVSink, NoSink, PrefillHost, TransferFaults
 from twostroke_engine.transfer.hand_off import HandOff
 from twostroke_engine.transfer.mailbox import Mailbox
 from twostroke_engine.transfer.messages import (
@@ -26,7 +27,7 @@ from twostroke_engine.transfer.messages import (
 )
 from twostroke_engine.transfer.outgoing import Outgoing
 from twostroke_engine.transfer.plan import SegmentShape
-from twostroke_engine.transfer.send_pair import SendPair
+from twostroke_engine.transfer.send_pair import CANCELLED, SendPair
 
 _JOIN_S = 0.5
 
@@ -54,6 +55,7 @@ class KVSender:
     def __init__(self, context: TransferContext, host: PrefillHost, wake: Callable[[], None]) -> None:
         self.kv_bytes = 0
         self.digest_failures = 0
+        self._faults = TransferFaults()
         self._context = context
         self._host = host
         self._wake = wake
@@ -67,6 +69,16 @@ class KVSender:
     def num_open(self) -> int:
         """Hand-offs not yet closed."""
         return len(self._open)
+
+    @property
+    def faults(self) -> TransferFaults:
+        """What went wrong so far."""
+        return replace(self._faults, stale=self._faults.stale + sum(pair.num_stale for pair in self._pairs.values()))
+
+    @property
+    def num_quarantined(self) -> int:
+        """A sender gives no blocks to writers."""
+        return 0
 
     @property
     def longest_wait_s(self) -> float:
@@ -117,6 +129,7 @@ class KVSender:
         """Closes the pair; the next hand-off to the peer makes a new one."""
         pair = self._pairs.pop(peer, None)
         if pair is not None:
+            self._dropped(pair)
             pair.stop(reason or "the decode worker's control stream ended")
 
     def cancel(self, request_id: str) -> bool:
@@ -169,9 +182,16 @@ class KVSender:
         del self._open[sink_id]
         self.kv_bytes += outcome.kv_bytes
         self.digest_failures += outcome.kv_resends
+        self._faults.resends += outcome.kv_resends
+        self._faults.failed += bool(outcome.error) and outcome.error != CANCELLED
         self._host.hand_off_closed(outcome)
 
     def _drop(self, peer: str, pair: SendPair) -> None:
         if self._pairs.get(peer) is pair:
             del self._pairs[peer]
+            self._dropped(pair)
         pair.stop("the pair is broken")
+
+    def _dropped(self, pair: SendPair) -> None:
+        self._faults.broken_pairs += 1
+        self._faults.stale += pair.num_stale

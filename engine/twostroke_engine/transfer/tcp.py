@@ -48,11 +48,7 @@ class TcpListener:
     """The receiver's port."""
 
     def __init__(self, host: str, timeout_s: float) -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.create_server((host, 0), family=family, backlog=128)
-        _tune(listening)  # what it accepts inherits
-        shown = f"[{host}]" if ":" in host else host
-        self._address = f"{shown}:{listening.getsockname()[1]}"
+        listening, self._address = listen_at(host)
         self._rendezvous = Rendezvous(listening, timeout_s)
         self.close = self._rendezvous.close
 
@@ -84,16 +80,10 @@ class TcpScheme:
 
     def connect(self, endpoint: str, pair_id: str) -> KVChannel:
         """Connects, and waits until the receiver has accepted the pair."""
-        host, port, token = _parts(endpoint)
-        hello = greeting(pair_id, token)
-        try:
-            connection = socket.create_connection((host, port), timeout=self._timeout_s)
-        except OSError as error:
-            raise ChannelError(f"no pair at {host}:{port}: {error.strerror or error}") from error
-        _tune(connection)
-        pair = PairSocket(connection, self._timeout_s)
+        address, _, token = endpoint.removeprefix("tcp://").partition("/")
+        pair = PairSocket(connect_to(address, self._timeout_s), self._timeout_s)
         with pair.operation():
-            pair.write(hello)
+            pair.write(greeting(pair_id, token))
             pair.read_into(memoryview(bytearray(len(_WELCOME))))
         return TcpChannel(pair)
 
@@ -109,9 +99,28 @@ def _tune(connection: socket.socket) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host that died while the pair was idle
 
 
-def _parts(endpoint: str) -> tuple[str, int, str]:
-    address, _, token = endpoint.removeprefix("tcp://").partition("/")
+def listen_at(host: str) -> tuple[socket.socket, str]:
+    """A socket at a free port of this address, and HOST:PORT of it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.create_server((host, 0), family=family, backlog=128)
+    _tune(listening)  # what it accepts inherits
+    shown = f"[{host}]" if ":" in host else host
+    return listening, f"{shown}:{listening.getsockname()[1]}"
+
+
+def connect_to(address: str, timeout_s: float) -> socket.socket:
+    """A connection to HOST:PORT.
+
+    Raises:
+        ChannelError: it is no address, or no one is there.
+    """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise ChannelError(f"not a tcp endpoint: {address!r}")
-    return host.removeprefix("[").removesuffix("]"), int(port), token
+    host = host.removeprefix("[").removesuffix("]")
+    try:
+        connection = socket.create_connection((host, int(port)), timeout=timeout_s)
+    except OSError as error:
+        raise ChannelError(f"no pair at {address}: {error.strerror or error}") from error
+    _tune(connection)
+    return connection

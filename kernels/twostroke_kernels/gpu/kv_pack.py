@@ -32,7 +32,7 @@ def pack_kv(pool: Tensor, items: Tensor, first_layer: int, num_layers: int, wire
     if wire.dtype is not pool.dtype:
         kv_convert.encode(pool, items, first_layer, num_layers, wire, into, digest)
         return segment, digest
-    words, split, run = _stretches(pool, wire)
+    words, split, run = stretches(pool, wire)
     first = first_layer * (words.shape[1] // pool.shape[1])
     grid = (count, triton.cdiv(into.shape[1], _BLOCK))
     gather_words[grid](
@@ -52,7 +52,7 @@ def unpack_kv(pool: Tensor, items: Tensor, first_layer: int, segment: Tensor, wi
     if wire.dtype is not pool.dtype:
         kv_convert.decode(pool, items, first_layer, source, wire)
         return
-    words, split, run = _stretches(pool, wire)
+    words, split, run = stretches(pool, wire)
     first = first_layer * (words.shape[1] // pool.shape[1])
     grid = (segment.shape[0], triton.cdiv(source.shape[1], _BLOCK))
     scatter_words[grid](
@@ -71,7 +71,7 @@ def digest(segment: Tensor) -> Tensor:
     return total
 
 
-def _stretches(pool: Tensor, wire: KVWire) -> tuple[Tensor, int, int]:
+def stretches(pool: Tensor, wire: KVWire) -> tuple[Tensor, int, int]:
     """The pool's words, the items of a block, and the words of an item that lie together."""
     words, split = block_words(pool), wire.split(pool)
     layers = words.shape[1] // (2 * pool.shape[1])  # the keys of one layer of a block, or its values

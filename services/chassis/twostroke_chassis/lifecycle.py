@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from twostroke_chassis.backoff import Backoff
+from twostroke_chassis.logs import formatter
+from twostroke_chassis.loop_clock import ServiceLoop
 from twostroke_chassis.settings import ServiceSettings, split_host_port
 
 _log = logging.getLogger(__name__)
@@ -28,6 +30,7 @@ _QUIET = {
     "etcd3aio": logging.ERROR,
     "grpc": logging.WARNING,
     "httpx": logging.WARNING,
+    "opentelemetry.exporter": logging.CRITICAL,
     "uvicorn.access": logging.WARNING,
 }
 
@@ -116,7 +119,8 @@ def run_service(prog: str, settings: ServiceSettings, main: Callable[[Lifecycle]
     try:
         if settings.ready_file is not None:
             _remove(settings.ready_file)
-        asyncio.run(_run(settings, main))
+        with asyncio.Runner(loop_factory=ServiceLoop) as runner:
+            runner.run(_run(settings, main))
     except FatalError as error:
         return _fail(prog, str(error))
     except KeyboardInterrupt:  # before or after the time in which signals are ours
@@ -206,29 +210,10 @@ def cannot_listen(address: str, flag: str, error: OSError) -> StartError:
     return StartError(f"{flag} {address}: cannot listen: {error.strerror or error}")
 
 
-class _LineFormatter(logging.Formatter):
-    """`time LEVEL id[pid] logger: message`; a record is one line, and a traceback follows indented."""
-
-    def __init__(self, process_id: str) -> None:
-        super().__init__(f"%(asctime)s %(levelname)-7s {process_id}[%(process)d] %(name)s: %(message)s")
-
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
-        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        return f"{seconds}.{int(record.msecs):03d}Z"
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        # A message may quote what a client sent: it must not be able to forge a record.
-        record.message = record.message.replace("\r", "\\r").replace("\n", "\\n")
-        return super().formatMessage(record)
-
-    def formatException(self, ei: Any) -> str:
-        return "    " + super().formatException(ei).replace("\n", "\n    ")
-
-
 def configure_logging(settings: ServiceSettings) -> None:
     """Sends this process's log to stderr."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_LineFormatter(settings.id))
+    handler.setFormatter(formatter(settings.log_format, settings.role, settings.id))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
     for name, level in _QUIET.items():
         logging.getLogger(name).setLevel(level)

@@ -97,6 +97,7 @@ class Membership:
         self._client: _Etcd | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._lease_id = 0
+        self._is_connected = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -112,6 +113,11 @@ class Membership:
         if self._client is not None:
             await self._client.channel.close()
             self._client = None
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether etcd answered the running `watch` last; what is known stays usable when it does not."""
+        return self._is_connected
 
     async def wait_ready(self, seconds: float) -> None:
         """Returns when etcd answers; `StartError` if it does not within `seconds`."""
@@ -160,9 +166,11 @@ class Membership:
                 try:
                     revision, records = await self._snapshot()
                 except _ETCD_ERRORS as error:
+                    self._is_connected = False
                     mirror.disturbed(time.monotonic(), _reason(error))
                     await backoff.sleep()
                     continue
+                self._is_connected = True
                 backoff.reset()
                 for change in mirror.update(time.monotonic(), revision, records):
                     yield change

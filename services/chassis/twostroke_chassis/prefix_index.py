@@ -22,6 +22,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from twostroke_chassis.backoff import Backoff
+from twostroke_chassis.prefix_table import HASH_BYTES, PrefixTable, keys_of
 from twostroke_chassis.tasks import end_task, start_task
 
 _log = logging.getLogger(__name__)
@@ -212,10 +213,9 @@ class PrefixPublisher:
 
 @dataclass(slots=True)
 class _Mirrored:
-    """A worker's hashes, as of the entry `number` of its `epoch`."""
+    """What is known of a worker's hashes: as of the entry `number` of its `epoch`."""
 
     epoch: int
-    hashes: set[bytes]
     number: int | None
     """None: read from the set, which may be ahead of the stream; the next entry says."""
 
@@ -227,6 +227,10 @@ class PrefixMirror:
         self._redis = _connect(redis_url)
         self._keys = _Keys(cluster)
         self._workers: dict[str, _Mirrored] = {}
+        self.table = PrefixTable()
+        """Every worker's blocks, by the worker's `slot`."""
+        self._slots: dict[str, int] = {}
+        self._unused_slots: list[int] = []
         self._task: asyncio.Task[None] | None = None
         self._is_connected = False
 
@@ -256,27 +260,31 @@ class PrefixMirror:
         """Whether Redis answers; what is known stays usable when it does not."""
         return self._is_connected
 
-    def longest_match(self, worker_id: str, hashes: Iterable[bytes]) -> int:
+    def slot(self, worker_id: str) -> int:
+        """A worker's number in the table, until it is forgotten."""
+        slot = self._slots.get(worker_id)
+        if slot is None:
+            slot = self._unused_slots.pop() if self._unused_slots else len(self._slots)
+            self._slots[worker_id] = slot
+        return slot
+
+    def longest_match(self, worker_id: str, hashes: Sequence[bytes]) -> int:
         """How many leading blocks of a prompt a worker holds. Local: never waits, never fails."""
-        known = self._workers.get(worker_id)
-        if known is None:
-            return 0
-        held = known.hashes
-        num_held = 0
-        for block_hash in hashes:
-            if block_hash not in held:
-                break
-            num_held += 1
-        return num_held
+        slot = self._slots.get(worker_id)
+        return 0 if slot is None else int(self.table.depths(keys_of(hashes), slot + 1)[slot])
 
     def num_hashes(self, worker_id: str) -> int:
         """How many blocks a worker is known to hold."""
-        known = self._workers.get(worker_id)
-        return 0 if known is None else len(known.hashes)
+        slot = self._slots.get(worker_id)
+        return 0 if slot is None else self.table.num_held(slot)
 
     def forget(self, worker_id: str) -> None:
         """The worker has left. Should it come back, its next entry brings all of its hashes."""
         self._workers.pop(worker_id, None)
+        slot = self._slots.pop(worker_id, None)
+        if slot is not None:
+            self.table.forget(slot)
+            self._unused_slots.append(slot)
 
     async def _run(self) -> None:
         backoff = Backoff()
@@ -313,7 +321,10 @@ class PrefixMirror:
         if known is not None and known.epoch > epoch:
             return
         hashes: Any = await self._redis.smembers(self._keys.set_of(worker_id, epoch))
-        self._workers[worker_id] = _Mirrored(epoch, set(hashes), number)
+        self._workers[worker_id] = _Mirrored(epoch, number)
+        slot = self.slot(worker_id)
+        self.table.forget(slot)
+        self.table.add(slot, keys_of(_whole(hashes)))
 
     async def _follow(self, position: bytes) -> bytes:
         """Applies what the stream has after `position`; returns the new position."""
@@ -337,9 +348,15 @@ class PrefixMirror:
         if known is None or not is_next or change.is_whole:
             await self._read_set(change.worker, change.epoch, change.number)
             return
-        known.hashes.update(change.stored)
-        known.hashes.difference_update(change.removed)
+        slot = self.slot(change.worker)
+        self.table.add(slot, keys_of(_whole(change.stored)))
+        self.table.remove(slot, keys_of(_whole(change.removed)))
         known.number = change.number
+
+
+def _whole(hashes: Iterable[bytes]) -> list[bytes]:
+    """Those that can be block hashes: Redis is open to whoever can reach it."""
+    return [block_hash for block_hash in hashes if len(block_hash) == HASH_BYTES]
 
 
 def _batches(hashes: Sequence[bytes]) -> Iterator[tuple[bytes, ...]]:

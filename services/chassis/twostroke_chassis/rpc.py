@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ MAX_MESSAGE_BYTES = 64 << 20
 """A prompt of a million tokens is 3 to 5 MB; a resume of many streams at once is the largest message."""
 
 _Options = tuple[tuple[str, int], ...]
+_MAX_MS = 2**31 - 1
 
 _COMMON_OPTIONS: _Options = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -48,6 +50,22 @@ SERVER_OPTIONS: _Options = (
     # With it on, a second server on a port in use starts without an error, and gets half of the connections.
     ("grpc.so_reuseport", 0),
 )
+
+
+def connection_age(max_age_s: float, grace_s: float) -> _Options:
+    """Server options that send clients away after a while, so that those that stay connected spread over servers.
+
+    A client told to go connects again by itself and makes its next calls there; calls that run may end here.
+
+    Args:
+        max_age_s: age at which a connection takes no new call, 10 % more or less; 0: any age.
+        grace_s: how long calls that run then may take; after it they are broken off.
+    """
+    if not max_age_s:
+        return ()
+    ages = {"grpc.max_connection_age_ms": max_age_s, "grpc.max_connection_age_grace_ms": grace_s}
+    return tuple((name, min(_MAX_MS, math.ceil(age_s * 1000))) for name, age_s in ages.items())
+
 
 STATUS_OF_ERROR: dict[int, grpc.StatusCode] = {
     worker_pb2.ERROR_CODE_UNSPECIFIED: grpc.StatusCode.OK,
@@ -102,7 +120,7 @@ async def serve(
     *,
     flag: str = "--listen",
     has_reflection: bool = False,
-    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    options: _Options = (),
 ) -> RpcServer:
     """Starts a gRPC server on HOST:PORT (port 0 picks one), with health, and reflection if asked for.
 
@@ -112,12 +130,12 @@ async def serve(
         services: full names of those services, for health and reflection; health says SERVING at once.
         flag: named in the error if the address cannot be bound.
         has_reflection: lets clients like grpcurl list and describe the services.
-        interceptors: run around every call.
+        options: of the server, beside `SERVER_OPTIONS`.
 
     Raises:
         StartError: the address cannot be bound.
     """
-    server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=list(interceptors))
+    server = grpc.aio.server(options=(*SERVER_OPTIONS, *options))
     for add in register:
         add(server)
     checks = health.aio.HealthServicer()

@@ -73,6 +73,13 @@ def _check_redis_url(value: str) -> str:
     return _check_url(value, ("redis", "rediss"))
 
 
+def _check_otlp_url(value: str) -> str:
+    parts = urlsplit(value)
+    if value and (parts.scheme not in ("http", "https") or not parts.hostname):
+        raise ValueError(f"expected http://HOST:PORT or https://HOST:PORT, got {_without_password(value)!r}")
+    return value
+
+
 def _check_name(value: str) -> str:
     if not _NAME.fullmatch(value):
         raise ValueError(f"expected letters, digits, '.', '_' and '-' (at most 128), got {value!r}")
@@ -85,6 +92,8 @@ EtcdUrl = Annotated[str, AfterValidator(_check_etcd_url)]
 """http://HOST:PORT."""
 RedisUrl = Annotated[str, AfterValidator(_check_redis_url)]
 """redis://[USER:PASSWORD@]HOST:PORT[/DB], or rediss:// for TLS."""
+OtlpUrl = Annotated[str, AfterValidator(_check_otlp_url)]
+"""http://HOST:PORT or https://HOST:PORT of an OTLP receiver; empty for none."""
 Name = Annotated[str, AfterValidator(_check_name)]
 """A name that may be part of an etcd key, a Redis key and a file name."""
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -122,6 +131,19 @@ class ServiceSettings(BaseSettings):
     )
     ready_file: Path | None = Field(None, description="file to write (JSON) when the service is up")
     log_level: LogLevel = Field("info", description="least severe log lines to write")
+    log_format: Literal["text", "json"] = Field(
+        "text", description="json: one object a line, with trace and request ids"
+    )
+    otlp_endpoint: OtlpUrl = Field(
+        "", description="URL of an OTLP receiver for spans and metrics; the OTEL_* variables work too (default: none)"
+    )
+    otlp_protocol: Literal["grpc", "http/protobuf"] | None = Field(
+        None, description="what the receiver speaks (default: OTEL_EXPORTER_OTLP_PROTOCOL, else grpc)"
+    )
+    trace_sample: float = Field(
+        1.0, ge=0, le=1, description="share of traces begun here that are sent; a caller's own decision is kept"
+    )
+    vllm_metrics: bool = Field(True, description="show metrics under vLLM's names too")
 
     @field_validator("id", mode="before")
     @classmethod

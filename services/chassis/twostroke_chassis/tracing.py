@@ -1,6 +1,6 @@
 """W3C trace context: what ties the log lines and spans of one request together, over every process it visits.
 
-Exporting spans is not set up here; the context flows regardless, so that a caller's trace id is the same everywhere.
+Spans are made in `spans` and sent by `otlp`; the context flows regardless, so that a trace id is the same everywhere.
 """
 
 from __future__ import annotations
@@ -38,6 +38,21 @@ def traceparent_of(where: Context | None = None) -> str:
     return carrier[TRACEPARENT]
 
 
+def trace_id_of(traceparent: str) -> str:
+    """The trace's id in a well-formed `traceparent`, 32 hexadecimal digits."""
+    return traceparent.split("-")[1]
+
+
+def given_traceparent(metadata: Iterable[tuple[str, str | bytes]] | None) -> str | None:
+    """The `traceparent` in a call's metadata or a request's headers; None if it is absent or malformed."""
+    for name, value in metadata or ():
+        if name.lower() == TRACEPARENT:
+            text = value.decode("latin-1") if isinstance(value, bytes) else value
+            extracted = _propagator.extract({TRACEPARENT: text}, Context())
+            return traceparent_of(extracted) if trace.get_current_span(extracted).get_span_context().is_valid else None
+    return None
+
+
 def call_metadata(traceparent: str | None = None, *more: tuple[str, str]) -> tuple[tuple[str, str], ...]:
     """Metadata for an outgoing gRPC call: a trace context (the current one by default) and what else is given."""
     return ((TRACEPARENT, traceparent or traceparent_of()), *more)
@@ -45,10 +60,7 @@ def call_metadata(traceparent: str | None = None, *more: tuple[str, str]) -> tup
 
 def received_traceparent(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
     """The `traceparent` in a call's metadata or a request's headers; a new one if it is absent or malformed."""
-    for name, value in metadata or ():
-        if name.lower() == TRACEPARENT:
-            return traceparent_of(context_of(value.decode("latin-1") if isinstance(value, bytes) else value))
-    return traceparent_of(context_of(None))
+    return given_traceparent(metadata) or traceparent_of(context_of(None))
 
 
 @contextmanager

@@ -8,35 +8,36 @@ from functools import partial
 
 from twostroke_chassis.membership import Joined, Left, Membership, WorkerRecord
 from twostroke_chassis.prefix_index import PrefixMirror
+from twostroke_chassis.prefix_table import Keys, keys_of
 from twostroke_chassis.telemetry import WorkerCollector
-from twostroke_engine.kv.hashing import BlockHash, block_hashes
+from twostroke_engine.kv.hashing import block_hashes
 from twostroke_engine.request import Request
 
+from twostroke_router.fleet import Fleet, Numbers, Profile
 from twostroke_router.link import LinkEvents, WorkerLink
-from twostroke_router.placement import Candidate, View
+from twostroke_router.pools import View
 
 _log = logging.getLogger(__name__)
 
 
 class PromptHashes:
-    """The block hashes of one prompt, made once per block size."""
+    """The blocks of one prompt, hashed once per block size."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
-        self._by_block_size: dict[int, list[BlockHash]] = {}
+        self._by_block_size: dict[int, Keys] = {}
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the prompt."""
         return self._request.num_prompt_tokens
 
-    def of(self, block_size: int) -> list[BlockHash]:
-        """Hashes for workers of a block size."""
+    def of(self, block_size: int) -> Keys:
+        """Keys in the prefix table, for workers of a block size."""
         if block_size not in self._by_block_size:
             request = self._request
-            self._by_block_size[block_size] = block_hashes(
-                request.token_ids, block_size, request.cache_salt, request.adapter
-            )
+            hashes = block_hashes(request.token_ids, block_size, request.cache_salt, request.adapter)
+            self._by_block_size[block_size] = keys_of(hashes)
         return self._by_block_size[block_size]
 
 
@@ -52,7 +53,7 @@ class Directory:
         self._model_name = model_name
         self._router_id = router_id
         self._links: dict[str, WorkerLink] = {}
-        self._turn = 0
+        self._fleet = Fleet(prefixes.table)
         self.max_model_len: int | None = None
         """Most tokens that a request may have on the decode workers known now. While there is none it stays what it
         was last, so that what is asked for meanwhile fits those that come back."""
@@ -90,40 +91,17 @@ class Directory:
         return any(link.state == "ready" for link in self._links.values() if link.record.role == "decode")
 
     def view(self, prompt: PromptHashes) -> View:
-        """The workers that take new work now, for one request. An immutable snapshot."""
-        ready = [link for link in self._links.values() if link.state == "ready"]
-        return View(tuple(self._candidate(link, prompt) for link in ready), self._turn)
+        """The workers that take new work now, for one request; good until this router hears from one of them."""
+        return self._fleet.view(prompt.of, prompt.num_tokens)
 
     def placed(self) -> None:
         """A placement was made from the last view: the next one breaks ties differently."""
-        self._turn += 1
+        self._fleet.placed()
 
     async def wait_change(self, seconds: float) -> None:
         """Returns when a view may have changed, or raises TimeoutError."""
         async with asyncio.timeout(seconds):
             await self._changed.wait()
-
-    def _candidate(self, link: WorkerLink, prompt: PromptHashes) -> Candidate:
-        record, load, own = link.record, link.load, link.own_load()
-        hit_blocks = self._prefixes.longest_match(record.worker_id, prompt.of(record.block_size))
-        return Candidate(
-            worker_id=record.worker_id,
-            role=record.role,
-            model_fingerprint=record.model_fingerprint,
-            kv_fingerprint=record.kv_fingerprint,
-            tokenizer_hash=record.tokenizer_hash,
-            block_size=record.block_size,
-            max_model_len=record.max_model_len,
-            channels=record.channels,
-            waiting=load.waiting,
-            running=load.running,
-            queued_tokens=load.queued_tokens,
-            blocks_available=load.blocks_free + load.blocks_cached - load.blocks_promised,
-            own_requests=own.requests,
-            own_tokens=own.tokens,
-            own_blocks=own.blocks,
-            hit_tokens=min(hit_blocks * record.block_size, prompt.num_tokens - 1),
-        )
 
     # ---- changes -----------------------------------------------------------------------------------------------------
 
@@ -139,9 +117,12 @@ class Directory:
             return
         if known is not None:
             self._drop(known, f"worker {record.worker_id} was restarted")
-        changed = partial(self._on_change, record.worker_id)
-        loaded = partial(self._metrics.report, record.worker_id, record.role)
-        link = self._links[record.worker_id] = WorkerLink(record, self._router_id, LinkEvents(changed, loaded))
+        events = LinkEvents(
+            changed=partial(self._on_change, record.worker_id),
+            busier=partial(self._show, record.worker_id),
+            loaded=partial(self._metrics.report, record.worker_id, record.role),
+        )
+        link = self._links[record.worker_id] = WorkerLink(record, self._router_id, events)
         link.start()
         self._notify()
 
@@ -158,10 +139,22 @@ class Directory:
         if link is not None and not link.is_connected and not link.is_listed:
             # Unlisted and disconnected: nothing says any more that it lives.
             self._drop(link, f"worker {worker_id} is gone")
+        elif link is not None and link.state == "ready":
+            self._fleet.join(profile_of(link.record), self._prefixes.slot(worker_id))
+            self._show(worker_id)
+        else:
+            self._fleet.leave(worker_id)
         self._notify()
+
+    def _show(self, worker_id: str) -> None:
+        """Its load has changed, or what this router has placed there."""
+        link = self._links.get(worker_id)
+        if link is not None:
+            self._fleet.update(worker_id, _numbers(link))
 
     def _drop(self, link: WorkerLink, reason: str) -> None:
         self._links.pop(link.worker_id, None)
+        self._fleet.leave(link.worker_id)
         self._metrics.forget(link.worker_id)
         self._prefixes.forget(link.worker_id)
         link.fail_all(reason)
@@ -175,3 +168,25 @@ class Directory:
         self.max_model_len = max(limits, default=self.max_model_len)
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def profile_of(record: WorkerRecord) -> Profile:
+    """A worker as placement sees it."""
+    return Profile(
+        worker_id=record.worker_id,
+        role=record.role,
+        block_size=record.block_size,
+        max_model_len=record.max_model_len,
+        likeness=(record.model_fingerprint, record.kv_fingerprint, record.tokenizer_hash),
+        channels=record.channels,
+    )
+
+
+def _numbers(link: WorkerLink) -> Numbers:
+    load, own = link.load, link.own_load()
+    free_blocks = load.blocks_free + load.blocks_cached - load.blocks_promised - own.blocks
+    return Numbers(
+        queued_tokens=load.queued_tokens + own.tokens,
+        sequences=load.running + load.waiting + own.requests,
+        free_tokens=max(0, free_blocks) * link.record.block_size,
+    )

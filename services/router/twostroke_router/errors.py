@@ -15,6 +15,7 @@ class Fault(Enum):
     UNAUTHENTICATED = (401, "invalid_request_error", "invalid_api_key", grpc.StatusCode.UNAUTHENTICATED)
     NO_MODEL = (404, "invalid_request_error", "model_not_found", grpc.StatusCode.NOT_FOUND)
     NO_ROUTE = (404, "invalid_request_error", "unknown_url", grpc.StatusCode.UNIMPLEMENTED)
+    NO_REQUEST = (404, "invalid_request_error", "request_not_found", grpc.StatusCode.NOT_FOUND)
     METHOD = (405, "invalid_request_error", "method_not_allowed", grpc.StatusCode.UNIMPLEMENTED)
     TOO_LARGE = (413, "invalid_request_error", "request_too_large", grpc.StatusCode.RESOURCE_EXHAUSTED)
     OVERLOADED = (429, "rate_limit_error", "overloaded", grpc.StatusCode.RESOURCE_EXHAUSTED)

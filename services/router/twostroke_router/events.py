@@ -34,6 +34,15 @@ class Ended(msgspec.Struct, frozen=True):
     facts: RequestFacts
 
 
+class Stages(msgspec.Struct, frozen=True):
+    """What passed on a worker before a token, in seconds; fields as StageTimes in worker.proto."""
+
+    queue_s: float
+    compute_s: float
+    ready_s: float
+    leaving_s: float
+
+
 class Update(msgspec.Struct, frozen=True):
     """News of one request from one worker, in one message."""
 
@@ -42,6 +51,15 @@ class Update(msgspec.Struct, frozen=True):
     deltas: tuple[Delta, ...] = ()
     reserved: Destination | None = None
     end: Ended | None = None
+    stages: Stages | None = None
+    held_s: float | None = None
+    """Of a receipt: how long the worker had had the request when it said so."""
+    sent_s: float | None = None
+    """When this router sent the request there, on its monotonic clock."""
+    read_s: float = 0.0
+    """When this message was there to be read here."""
+    unseen_s: float = 0.0
+    """How long before that it may have come, at most: the event loop was at work."""
 
 
 class Lost(msgspec.Struct, frozen=True):
@@ -80,3 +98,8 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
     draining: bool = False
     longest_wait_s: float = 0.0
     digest_failures: int = 0
+    kv_resends: int = 0
+    kv_stale: int = 0
+    kv_broken_pairs: int = 0
+    kv_failed: int = 0
+    kv_quarantined: int = 0

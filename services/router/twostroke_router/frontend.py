@@ -6,16 +6,17 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from twostroke_chassis.security import ApiKeys
-from twostroke_chassis.tracing import TRACEPARENT, received_traceparent
 
+from twostroke_router.arrival import Arrival
 from twostroke_router.choice import Piece
 from twostroke_router.errors import Fault, RequestError
 from twostroke_router.generation import Cluster, Generation
 from twostroke_router.intake import Ask, Caller, Limits, clean_request_id, take_in
+from twostroke_router.request_log import RequestLog
 from twostroke_router.text import Text
 
 
@@ -27,6 +28,7 @@ class Frontend:
     model_name: str
     cluster: Cluster
     keys: ApiKeys
+    log: RequestLog
     created_s: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -40,6 +42,10 @@ class Frontend:
         of_workers = self.cluster.directory.max_model_len
         return Limits(self.text.vocab_size, of_workers or self.text.max_model_len)
 
+    def visible_to(self, tenant: str) -> str | None:
+        """Whose requests a tenant may see: its own, or everyone's (None) where the door is open."""
+        return tenant if self.keys.is_required else None
+
     def check_model(self, name: str | None) -> None:
         """Refuses a model that is not served; None and the empty name mean the only one.
 
@@ -49,8 +55,10 @@ class Frontend:
         if name and name != self.model_name:
             raise RequestError(Fault.NO_MODEL, f"model: {name!r} does not exist; {self.model_name!r} does", "model")
 
-    def caller(self, headers: Mapping[str, str], request_id: str | None, **more: Any) -> Caller:
-        """Who asks, from a call's headers or metadata.
+    def caller(
+        self, headers: Mapping[str, str], request_id: str | None, arrival: Arrival | None = None, **more: Any
+    ) -> Caller:
+        """Who asks, from a call's headers or metadata; without an arrival it arrives now.
 
         Raises:
             RequestError: keys are configured and this is none of them.
@@ -58,9 +66,8 @@ class Frontend:
         tenant = self.keys.caller(headers.get("authorization"))
         if tenant is None:
             raise RequestError(Fault.UNAUTHENTICATED, "a valid API key is required: Authorization: Bearer KEY")
-        given = headers.get(TRACEPARENT)
-        traceparent = received_traceparent([(TRACEPARENT, given)] if given else None)
-        return Caller(request_id=clean_request_id(request_id), tenant=tenant, traceparent=traceparent, **more)
+        arrival = arrival or Arrival.of(headers)
+        return Caller(request_id=clean_request_id(request_id), tenant=tenant, arrival=arrival, **more)
 
     def generations(self, asks: Sequence[Ask], caller: Caller) -> list[Generation]:
         """Checks every prompt of a call, then makes their sagas; nothing runs yet.
@@ -69,7 +76,9 @@ class Frontend:
             RequestError: names the field of the first that is wrong.
         """
         limits = self.limits
-        jobs = [take_in(ask, caller, limits) for ask in asks]
+        # Each prompt of a call is a request of its own, and is found by an id of its own.
+        callers = [caller, *(replace(caller, request_id=f"{caller.request_id}-{n + 2}") for n in range(len(asks) - 1))]
+        jobs = [take_in(ask, each, limits) for ask, each in zip(asks, callers, strict=True)]
         return [Generation(job, self.cluster) for job in jobs]
 
 

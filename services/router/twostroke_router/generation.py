@@ -22,15 +22,18 @@ from time import monotonic
 
 import msgspec
 from twostroke_chassis.backoff import Backoff
+from twostroke_chassis.spans import OpenSpan
 from twostroke_chassis.telemetry import RouterMetrics
 from twostroke_engine.request import ErrorCode, FinishReason, RequestFacts
 
 from twostroke_router.admission import Admission
 from twostroke_router.attempt import Attempt
 from twostroke_router.choice import Choice, Piece
+from twostroke_router.conclusion import Conclusions, Record
 from twostroke_router.directory import Directory, PromptHashes
 from twostroke_router.errors import Fault, RequestError
 from twostroke_router.events import DeadlinePassed, Delta, Ended, Event, Lost, Update
+from twostroke_router.explanation import Usage
 from twostroke_router.intake import Job
 from twostroke_router.placement import Placement, RequestShape
 from twostroke_router.stop_strings import StopScanner, StopStrings
@@ -72,15 +75,7 @@ class Cluster:
     admission: Admission
     metrics: RouterMetrics
     limits: GenerationLimits
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Tokens billed."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
+    conclusions: Conclusions
 
 
 @dataclass(frozen=True)
@@ -95,12 +90,12 @@ class Generation:
     """One request. Iterate `pieces` to its end, or close it; then ask for usage and facts."""
 
     def __init__(self, job: Job, cluster: Cluster) -> None:
-        self._request = job.request
         self._caller = job.caller
         self._cluster = cluster
         self._stops = StopStrings(job.stops) if job.stops else None
         self._hashes = PromptHashes(job.request)
-        self._timing = Timing(cluster.metrics)
+        self._timing = Timing(cluster.metrics, job.caller.arrival)
+        self._request = job.request
         timeout_s = min(cluster.limits.request_timeout_s, job.caller.deadline_s or float("inf"))
         self._deadline = monotonic() + timeout_s
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -121,10 +116,13 @@ class Generation:
             RequestError: refused, failed or out of time.
         """
         outcome = "cancelled"
+        span = self._cluster.conclusions.begin(self._caller)
+        self._request = msgspec.structs.replace(self._request, traceparent=span.traceparent)
         timer = asyncio.get_running_loop().call_later(self._left_s(), self._events.put_nowait, DeadlinePassed())
         self._cluster.metrics.requests_active.inc()
         try:
             with self._cluster.admission.admitted():
+                self._timing.admitted()
                 self._reset_choices()
                 while not self._is_over:
                     self._unshown += await self._advance()
@@ -138,15 +136,18 @@ class Generation:
             raise
         finally:
             timer.cancel()
-            self._end(outcome)
+            self._end(outcome, span)
 
     # ---- afterwards --------------------------------------------------------------------------------------------------
 
     @property
     def usage(self) -> Usage:
         """Tokens billed so far."""
-        completion_tokens = sum(choice.num_tokens for choice in self._choices)
-        return Usage(self._request.num_prompt_tokens, completion_tokens, self._cached_tokens)
+        return Usage(
+            prompt_tokens=self._request.num_prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            completion_tokens=sum(choice.num_tokens for choice in self._choices),
+        )
 
     def explain(self) -> dict[str, object]:
         """Where the request ran and what was measured."""
@@ -213,6 +214,7 @@ class Generation:
             # A late cancel of the last try must not hit this one.
             request = msgspec.structs.replace(request, id=f"{request.id}.{self._num_retries}")
         self._placement = placement
+        self._timing.placed()
         self._attempt = Attempt(request, links[0], links[1], self._events.put_nowait, self._left_s)
         self._attempt.start(self._cluster.limits.reservation_s)
         self._cluster.metrics.placements.labels(_kind(placement)).inc()
@@ -228,8 +230,11 @@ class Generation:
         return self._on_update(self._attempt, event)
 
     def _on_update(self, attempt: Attempt, update: Update) -> Sequence[Piece]:
-        pieces = [piece for delta in update.deltas if (piece := self._on_delta(delta))]
+        if update.held_s is not None:
+            self._timing.receipt(update)
+        pieces = [piece for delta in update.deltas if (piece := self._on_delta(delta, update))]
         if update.reserved is not None:
+            self._timing.granted()
             attempt.granted(update.reserved)
         if update.end is not None:
             self._on_end(attempt, update.worker_id, update.end)
@@ -237,11 +242,11 @@ class Generation:
             self._stop_workers(attempt)
         return pieces
 
-    def _on_delta(self, delta: Delta) -> Piece | None:
+    def _on_delta(self, delta: Delta, update: Update) -> Piece | None:
         choice = self._choices[delta.choice]
         before = choice.num_tokens
         piece = choice.add(delta.offset, delta.tokens, delta.finish)
-        self._timing.tokens(delta.choice, before, choice.num_tokens)
+        self._timing.tokens(delta.choice, before, choice.num_tokens, update)
         return piece
 
     def _stop_workers(self, attempt: Attempt) -> None:
@@ -282,6 +287,7 @@ class Generation:
         if self._attempt is not None:
             self._attempt.close(failure.message)
         self._attempt, self._failure = None, None
+        self._cluster.metrics.retries.labels(failure.fault.name.lower()).inc()
         self._num_retries += 1
         self._avoid |= failure.workers
         self._unshown.clear()
@@ -305,17 +311,23 @@ class Generation:
         except TimeoutError:
             return  # the answer is complete without them
 
-    def _end(self, outcome: str) -> None:
+    def _end(self, outcome: str, span: OpenSpan) -> None:
         """The one cleanup."""
         if self._attempt is not None:
             self._attempt.close("ended by the router")
-        metrics, usage = self._cluster.metrics, self.usage
-        metrics.requests_active.dec()
-        metrics.requests.labels(self._caller.endpoint, outcome).inc()
-        if usage.completion_tokens:
-            for kind in ("prompt", "cached", "completion"):
-                metrics.tokens.labels(kind).inc(getattr(usage, f"{kind}_tokens"))
-        self._timing.end()
+        self._cluster.metrics.requests_active.dec()
+        record = Record(
+            caller=self._caller,
+            request=self._request,
+            outcome=outcome,
+            timing=self._timing,
+            usage=self.usage,
+            placement=self._placement,
+            facts=self._attempt.facts if self._attempt else {},
+            finishes=[choice.finish.name.lower() for choice in self._choices if choice.finish is not None],
+            num_retries=self._num_retries,
+        )
+        self._cluster.conclusions.end(record, span)
 
 
 def _out_of_time() -> RequestError:

@@ -10,13 +10,16 @@ from typing import Any, Protocol
 
 import grpc
 import grpc.aio
+from twostroke_chassis.logs import about_request
+from twostroke_chassis.tracing import in_trace
 from twostroke_engine.request import SamplingParams, TokenOut
 from twostroke_proto.v1 import inference_pb2, inference_pb2_grpc, types_pb2
 
+from twostroke_router.arrival import Arrival
 from twostroke_router.choice import Piece
 from twostroke_router.errors import RequestError, internal_error, invalid
+from twostroke_router.explanation import Usage
 from twostroke_router.frontend import Frontend
-from twostroke_router.generation import Usage
 from twostroke_router.intake import Ask, draw_seed
 from twostroke_router.openai_schema import ROLES
 from twostroke_router.sampling_check import check_prompt_ids, check_stops
@@ -61,15 +64,19 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Call) -> None:  # type: ignore[override]
         """Streams the answer; the last message has usage."""
+        headers = _headers(context)
+        arrival = Arrival.of(headers)
         async with refusing(context):
+            deadline_s = context.time_remaining()
             caller = self._frontend.caller(
-                _headers(context), request.request_id, deadline_s=context.time_remaining(), endpoint="generate"
+                headers, request.request_id, arrival, deadline_s=deadline_s, endpoint="generate"
             )
             self._frontend.check_model(request.model)
-            [generation] = self._frontend.generations([await self._ask(request)], caller)
-            async with aclosing(generation.pieces()) as pieces:
-                async for piece in pieces:
-                    await context.write(_piece_to_proto(piece, caller.request_id))
+            with in_trace(arrival.traceparent), about_request(caller.request_id):
+                [generation] = self._frontend.generations([await self._ask(request)], caller)
+                async with aclosing(generation.pieces()) as pieces:
+                    async for piece in pieces:
+                        await context.write(_piece_to_proto(piece, caller.request_id))
             await context.write(_usage_to_proto(generation.usage, caller.request_id))
 
     async def Tokenize(self, request: inference_pb2.TokenizeRequest, context: Call) -> inference_pb2.TokenizeResponse:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -19,6 +20,8 @@ from twostroke_router.http_openai import OpenAI
 from twostroke_router.http_wire import JsonResponse, RequestIds, error_response, read_body
 from twostroke_router.link import WorkerLink
 from twostroke_router.openai_schema import DetokenizeRequest, TokenizeRequest, decode_body, turns
+from twostroke_router.openapi import openapi_route
+from twostroke_router.request_log import MAX_LISTED
 from twostroke_router.sampling_check import check_prompt_ids
 
 _log = logging.getLogger(__name__)
@@ -80,6 +83,25 @@ class HttpApi:
         """GET /metrics, for Prometheus."""
         return Response(metrics_text(self._frontend.cluster.metrics.registry), headers={"Content-Type": CONTENT_TYPE})
 
+    async def requests(self, request: Request) -> Response:
+        """GET /requests: the latest requests of all routers, newest first."""
+        tenant = self._authorize(request)
+        limit = request.query_params.get("limit", "50")
+        if not (limit.isascii() and limit.isdigit() and len(limit) < 6 and 1 <= int(limit) <= MAX_LISTED):
+            raise invalid("limit", f"must be a number from 1 to {MAX_LISTED}")
+        found = await self._frontend.log.latest(int(limit), self._frontend.visible_to(tenant))
+        return JsonResponse({"requests": found})
+
+    async def request(self, request: Request) -> Response:
+        """GET /requests/{id}: where one request's time went."""
+        tenant = self._authorize(request)
+        request_id = request.path_params["request_id"]
+        found = await self._frontend.log.get(request_id, self._frontend.visible_to(tenant))
+        if found is None:
+            message = f"request {request_id!r} is not known: it has not ended, or is no longer kept"
+            raise RequestError(Fault.NO_REQUEST, message)
+        return JsonResponse(found)
+
     async def cluster(self, request: Request) -> Response:
         """GET /cluster: every worker as this router knows it."""
         frontend = self._frontend
@@ -87,8 +109,8 @@ class HttpApi:
         workers = [worker_status(link) for link in frontend.cluster.directory.links]
         return JsonResponse({"model": frontend.model_name, "routers": [router], "workers": workers})
 
-    def _authorize(self, request: Request) -> None:
-        self._frontend.caller(request.headers, request.state.request_id)
+    def _authorize(self, request: Request) -> str:
+        return self._frontend.caller(request.headers, request.state.request_id).tenant
 
     def _model(self) -> dict[str, Any]:
         return {
@@ -124,6 +146,7 @@ def worker_status(link: WorkerLink) -> dict[str, Any]:
             "promised": load.blocks_promised,
         },
         "hit_rate": load.prefix_hit_tokens / queried if queried else None,
+        "prompt_tokens": queried,
         "leases_open": load.leases_open,
         "kv_bytes": load.kv_bytes,
         "preemptions": load.preemptions,
@@ -153,8 +176,8 @@ async def _on_defect(request: Request, error: Exception) -> Response:
     return error_response(internal_error())
 
 
-def build_app(frontend: Frontend, max_body_bytes: int) -> Starlette:
-    """The ASGI application."""
+def build_app(frontend: Frontend, max_body_bytes: int, more_routes: Sequence[Route] = ()) -> Starlette:
+    """The ASGI application: the API, and `more_routes` beside it."""
     api, openai = HttpApi(frontend, max_body_bytes), OpenAI(frontend, max_body_bytes)
     routes = [
         Route("/v1/chat/completions", openai.chat, methods=["POST"]),
@@ -167,6 +190,10 @@ def build_app(frontend: Frontend, max_body_bytes: int) -> Starlette:
         Route("/ready", api.ready),
         Route("/metrics", api.metrics),
         Route("/cluster", api.cluster),
+        Route("/requests", api.requests),
+        Route("/requests/{request_id:path}", api.request),
+        openapi_route(),
+        *more_routes,
     ]
     handlers = {RequestError: _on_request_error, HTTPException: _on_http_exception, Exception: _on_defect}
     app = Starlette(routes=routes, middleware=[Middleware(RequestIds)], exception_handlers=handlers)

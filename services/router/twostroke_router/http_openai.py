@@ -13,8 +13,9 @@ from starlette.responses import Response
 
 from twostroke_router.choice import Piece
 from twostroke_router.errors import invalid
+from twostroke_router.explanation import Usage
 from twostroke_router.frontend import Frontend, merged
-from twostroke_router.generation import Generation, Usage
+from twostroke_router.generation import Generation
 from twostroke_router.http_wire import EventStream, JsonResponse, cancelled_on_disconnect, read_body
 from twostroke_router.intake import Ask, Caller, seed_of
 from twostroke_router.openai_render import ChatRendering, CompletionRendering, Rendering, WholeChoice
@@ -59,7 +60,11 @@ class OpenAI:
     def _caller(self, request: Request, endpoint: str) -> Caller:
         wants_facts = request.headers.get(EXPLAIN, "") not in ("", "0")
         return self._frontend.caller(
-            request.headers, request.state.request_id, endpoint=endpoint, wants_facts=wants_facts
+            request.headers,
+            request.state.request_id,
+            request.state.arrival,
+            endpoint=endpoint,
+            wants_facts=wants_facts,
         )
 
     async def _prompt_ids(self, prompt: str | list[int]) -> tuple[int, ...]:
@@ -126,7 +131,8 @@ class _Answer:
         self, first: tuple[int, Piece], pieces: AsyncGenerator[tuple[int, Piece], None], has_usage: bool
     ) -> AsyncGenerator[object, None]:
         async with aclosing(pieces):
-            yield self._chunk(*first, has_usage)
+            # Where it runs is settled with the first piece; what was measured comes at the end.
+            yield self._explained(self._chunk(*first, has_usage))
             async for place, piece in pieces:
                 yield self._chunk(place, piece, has_usage)
         if has_usage or self._explains:

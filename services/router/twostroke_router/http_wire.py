@@ -12,7 +12,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from twostroke_chassis.logs import about_request
+from twostroke_chassis.tracing import in_trace
 
+from twostroke_router.arrival import Arrival
 from twostroke_router.errors import Fault, RequestError, internal_error
 from twostroke_router.intake import clean_request_id
 from twostroke_router.openai_render import error_body
@@ -137,22 +140,24 @@ def _body(data: bytes) -> Message:
 
 
 class RequestIds:
-    """Middleware: every request has an id, the client's or a drawn one, and its answer carries it."""
+    """Middleware: every request has an id, the client's or a drawn one, which its answer and its log lines carry."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Runs the application with `request_id` in the scope's state."""
+        """Runs the application with `request_id` and `arrival` in the scope's state."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = clean_request_id(Headers(scope=scope).get(REQUEST_ID))
-        scope.setdefault("state", {})["request_id"] = request_id
+        headers = Headers(scope=scope)
+        request_id, arrival = clean_request_id(headers.get(REQUEST_ID)), Arrival.of(headers)
+        scope.setdefault("state", {}).update(request_id=request_id, arrival=arrival)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)[REQUEST_ID] = request_id
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        with in_trace(arrival.traceparent), about_request(request_id):
+            await self._app(scope, receive, send_with_id)

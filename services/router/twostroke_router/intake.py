@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import msgspec
 from twostroke_engine.request import Request, SamplingParams
 
+from twostroke_router.arrival import Arrival
 from twostroke_router.errors import Fault, RequestError, invalid
 from twostroke_router.sampling_check import check_choices, check_priority, check_sampling
 
@@ -21,7 +22,7 @@ class Caller:
 
     request_id: str
     tenant: str = ""
-    traceparent: str = ""
+    arrival: Arrival = field(default_factory=lambda: Arrival.of({}))
     endpoint: str = "generate"
     """For metrics: chat, completions or generate."""
     deadline_s: float | None = None
@@ -120,7 +121,7 @@ def take_in(ask: Ask, caller: Caller, limits: Limits) -> Job:
         priority=ask.priority,
         tenant=caller.tenant,
         cache_salt=ask.cache_salt.encode(),
-        traceparent=caller.traceparent,
+        traceparent=caller.arrival.traceparent,
     )
     return Job(request, caller, ask.stops)
 

@@ -7,11 +7,13 @@ import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Literal, Protocol
 
 import grpc
 import grpc.aio
 from twostroke_chassis.backoff import Backoff
+from twostroke_chassis.loop_clock import news_s, unseen_s
 from twostroke_chassis.membership import WorkerRecord
 from twostroke_chassis.rpc import open_channel
 from twostroke_chassis.settings import split_host_port
@@ -67,6 +69,8 @@ class _Live:
     next_offsets: list[int]
     sent_at_update: int | None = None
     """How many updates had come when it was sent; None while it waits in the outgoing queue."""
+    sent_s: float | None = None
+    """When it was sent first."""
 
 
 @dataclass(slots=True)
@@ -84,6 +88,8 @@ class LinkEvents:
 
     changed: Callable[[], None] = lambda: None
     """It can or cannot be placed on any more."""
+    busier: Callable[[], None] = lambda: None
+    """Its load has changed, or what was placed on it."""
     loaded: Callable[[worker_pb2.WorkerLoad], None] = field(default=lambda load: None)
 
 
@@ -142,7 +148,8 @@ class WorkerLink:
     def forget(self, request_id: str) -> None:
         """Nothing more is wanted of a request."""
         self._live.pop(request_id, None)
-        self._unreported.pop(request_id, None)
+        if self._unreported.pop(request_id, None):
+            self._events.busier()
 
     def own_load(self) -> OwnLoad:
         """What was placed here but is not yet part of `load`."""
@@ -157,6 +164,7 @@ class WorkerLink:
         num_blocks = -(-request.num_prompt_tokens // self.record.block_size)
         live = _Live(sink, num_tokens, num_blocks, [0] * request.n)
         self._live[request.id] = self._unreported[request.id] = live
+        self._events.busier()
 
     def _put(self, request_id: str, encode: Encode) -> None:
         self._outgoing.put(request_id, encode)
@@ -245,6 +253,7 @@ class WorkerLink:
                 request_id, message = await self._outgoing.next()
                 if live := self._live.get(request_id):
                     live.sent_at_update = self._num_updates
+                    live.sent_s = live.sent_s or monotonic()
                 await stream.write(message)
 
     def _take(self, message: worker_pb2.WorkerMessage) -> None:
@@ -252,17 +261,19 @@ class WorkerLink:
         self._num_updates += 1
         self.load = wire.load_from_proto(update.load)
         self._events.loaded(update.load)
+        reading = wire.Reading(news_s(), unseen_s())
         for news in update.requests:
-            self._deliver(news)
+            self._deliver(news, reading)
         self._mark_reported()
+        self._events.busier()
         if self.state != state:
             self._events.changed()
 
-    def _deliver(self, news: worker_pb2.RequestUpdate) -> None:
+    def _deliver(self, news: worker_pb2.RequestUpdate, reading: wire.Reading) -> None:
         live = self._live.get(news.request_id)
         if live is None:
             return
-        update = wire.update_from_proto(news, self.worker_id)
+        update = wire.update_from_proto(news, self.worker_id, live.sent_s, reading)
         self._unreported.pop(news.request_id, None)
         for delta in update.deltas:
             if delta.choice >= len(live.next_offsets):

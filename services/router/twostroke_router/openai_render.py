@@ -11,7 +11,7 @@ from twostroke_engine.request import FinishReason, TokenOut
 
 from twostroke_router.choice import Piece
 from twostroke_router.errors import RequestError
-from twostroke_router.generation import Usage
+from twostroke_router.explanation import Usage
 from twostroke_router.text import Text
 
 Json = dict[str, Any]

@@ -28,8 +28,18 @@ class RouterSettings(ServiceSettings):
     reservation: float = Field(
         60, gt=0, le=86400, allow_inf_nan=False, description="seconds a decode worker keeps room for prefill to begin"
     )
+    max_connection_age: float = Field(
+        0,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds after which a gRPC client is told to connect again, so that clients spread over routers "
+        "behind one address; its running calls may end first; 0: never",
+    )
     max_retries: int = Field(3, ge=0, le=100, description="tries on other workers while nothing was answered yet")
-    placement: Literal["least-loaded", "round-robin"] = Field("least-loaded", description="placement policy")
+    placement: Literal[
+        "cost", "conditional", "least-loaded", "power-of-two", "prefix-only", "round-robin", "session"
+    ] = Field("cost", description="placement policy")
+    dashboard: bool = Field(True, description="serve the live page at /")
     grace: float = Field(30, ge=0, allow_inf_nan=False, description="seconds that running requests get at a drain")
 
     @property

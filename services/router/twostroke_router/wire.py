@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from twostroke_engine.request import ErrorCode, FinishReason, Request, RequestFacts, SamplingParams, TokenOut
 from twostroke_proto.v1 import types_pb2, worker_pb2
 
-from twostroke_router.events import Delta, Destination, Ended, Update, WorkerLoad
+from twostroke_router.events import Delta, Destination, Ended, Stages, Update, WorkerLoad
 
 PROTOCOL_VERSION = 1
+
+
+class Reading(NamedTuple):
+    """When a message was there, on the monotonic clock, and how much earlier at most."""
+
+    at_s: float
+    unseen_s: float
+
+
+_UNREAD = Reading(0.0, 0.0)
 
 
 def sampling_to_proto(sampling: SamplingParams) -> types_pb2.SamplingParams:
@@ -138,18 +149,32 @@ def _ended(message: worker_pb2.RequestEnd) -> Ended:
             kv_segments=facts.kv_segments,
             kv_resends=facts.kv_resends,
             skipped_tokens=facts.skipped_tokens,
+            commit_wait_s=facts.commit_wait_s,
+            commit_ack_s=facts.commit_ack_s,
+            ready_s=facts.ready_s,
         ),
     )
 
 
-def update_from_proto(message: worker_pb2.RequestUpdate, worker_id: str) -> Update:
-    """News of one request."""
+def _stages(message: worker_pb2.StageTimes) -> Stages:
+    return Stages(message.queue_s, message.compute_s, message.ready_s, message.leaving_s)
+
+
+def update_from_proto(
+    message: worker_pb2.RequestUpdate, worker_id: str, sent_s: float | None = None, reading: Reading = _UNREAD
+) -> Update:
+    """News of one request, which was sent at this time of the monotonic clock."""
     return Update(
         message.request_id,
         worker_id,
         tuple(map(_delta, message.deltas)),
         _destination_from_proto(message.reserved) if message.HasField("reserved") else None,
         _ended(message.end) if message.HasField("end") else None,
+        _stages(message.stages) if message.HasField("stages") else None,
+        message.receipt.held_s if message.HasField("receipt") else None,
+        sent_s,
+        reading.at_s,
+        reading.unseen_s,
     )
 
 

@@ -10,17 +10,28 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from twostroke_engine.messages import Cancel, EngineLoad, InboxMessage, Reserve, StepReport, Submit
+from twostroke_chassis.loop_clock import news_s
+from twostroke_engine.messages import (
+    Cancel,
+    EngineLoad,
+    InboxMessage,
+    RequestUpdate,
+    Reserve,
+    StepReport,
+    Submit,
+)
 from twostroke_engine.request import ErrorCode, Request
 from twostroke_proto.v1 import worker_pb2
 
 from twostroke_worker.ledger import Ledger, ended
+from twostroke_worker.spans import NoSpans, RequestSpans
 from twostroke_worker.wire import (
     InvalidMessage,
     LeaseHome,
     RequestLimits,
     destination_from_proto,
     load_to_proto,
+    receipt_to_proto,
     request_from_proto,
     update_to_proto,
 )
@@ -83,6 +94,7 @@ class Dispatch:
         limits: RequestLimits,
         home: LeaseHome,
         ledger: Ledger,
+        spans: RequestSpans | NoSpans | None = None,
     ) -> None:
         self.is_draining = False
         self._send = send
@@ -90,6 +102,7 @@ class Dispatch:
         self.home = home
         """Its endpoint is known once the server is bound, which is before any router is."""
         self._ledger = ledger
+        self._spans = spans or NoSpans()
         self._streams: dict[str, RouterStream] = {}
         self._step = 0
         self._load = EngineLoad()
@@ -117,14 +130,30 @@ class Dispatch:
 
     def compose(self, stream: RouterStream) -> worker_pb2.StepUpdate:
         """All news of the stream's router, and the load."""
-        updates = self._ledger.take(stream.router_id, self._clock())
+        now_s = self._clock()
+        receipts = [
+            receipt_to_proto(request_id, now_s - received_s)
+            for request_id, received_s in self._ledger.take_receipts(stream.router_id)
+        ]
+        updates = self._ledger.take(stream.router_id, now_s)
         if self._ledger.has_news(stream.router_id):
             stream.wake()  # more than fits one message
         return worker_pb2.StepUpdate(
             step=self._step,
-            requests=[update_to_proto(update, self.home) for update in updates],
-            load=load_to_proto(self._load, self.is_draining),
+            requests=[*receipts, *(self._to_proto(stream.router_id, update, now_s) for update in updates)],
+            load=self.load,
         )
+
+    def _to_proto(self, router_id: str, update: RequestUpdate, now_s: float) -> worker_pb2.RequestUpdate:
+        message = update_to_proto(update, self.home, now_s)
+        if update.reserved is not None:
+            message.receipt.held_s = now_s - self._ledger.received_s(router_id, update.request_id)
+        return message
+
+    @property
+    def load(self) -> worker_pb2.WorkerLoad:
+        """How busy the worker is now."""
+        return load_to_proto(self._load, self.is_draining)
 
     # ---- from the router ---------------------------------------------------------------------------------------------
 
@@ -141,19 +170,26 @@ class Dispatch:
             case other:
                 log.warning("router %s sent %s in the middle of a stream: ignored", router_id, other)
 
-    async def _admit(self, router_id: str, message: _Work, make: Callable[[_Work, Request], InboxMessage]) -> None:
-        request_id = message.request.id
+    async def _admit(
+        self, router_id: str, message: _Work, make: Callable[[_Work, Request, float], Submit | Reserve]
+    ) -> None:
+        request_id, now_s = message.request.id, news_s()
         if self._ledger.knows(router_id, request_id):
             return  # said again after a reconnect
         try:
-            inbox_message = make(message, self._checked(message))
+            inbox_message = make(message, self._checked(message), now_s)
         except InvalidMessage as error:
             self._refuse(router_id, request_id, ErrorCode.INVALID, str(error))
             return
         if self.is_draining:
             self._refuse(router_id, request_id, ErrorCode.DRAINING, "the worker is draining")
             return
-        self._ledger.accept(router_id, request_id)
+        # A reservation's receipt comes with the grant.
+        is_submission = isinstance(inbox_message, Submit)
+        self._ledger.accept(router_id, request_id, now_s, has_receipt=is_submission)
+        if is_submission and (stream := self._streams.get(router_id)):
+            stream.wake()
+        self._spans.begun(inbox_message, now_s)
         await self._send(inbox_message)
 
     def _checked(self, message: worker_pb2.Submit | worker_pb2.Reserve) -> Request:
@@ -162,13 +198,13 @@ class Dispatch:
         return request_from_proto(message.request, message.traceparent, self._limits)
 
     @staticmethod
-    def _submit(message: worker_pb2.Submit, request: Request) -> Submit:
+    def _submit(message: worker_pb2.Submit, request: Request, now_s: float) -> Submit:
         has_destination = message.HasField("destination")
         destination = destination_from_proto(message.destination) if has_destination else None
-        return Submit(request=request, destination=destination)
+        return Submit(request=request, destination=destination, received_s=now_s)
 
     @staticmethod
-    def _reserve(message: worker_pb2.Reserve, request: Request) -> Reserve:
+    def _reserve(message: worker_pb2.Reserve, request: Request, now_s: float) -> Reserve:
         if not message.ttl_ms:
             raise InvalidMessage("ttl_ms must be >= 1")
         return Reserve(request=request, ttl_s=message.ttl_ms / 1000)
@@ -185,6 +221,8 @@ class Dispatch:
         self._step = report.step
         has_new_load = report.load != self._load
         self._load = report.load
+        for update in report.requests:
+            self._follow(update)
         broken = self._ledger.apply(report.requests)
         for stream in self._streams.values():
             if self._ledger.has_news(stream.router_id):
@@ -194,6 +232,15 @@ class Dispatch:
         if broken:
             log.error("requests with a gap in their tokens: %s", ", ".join(broken))
             await self._cancel(broken, "gap in its tokens")
+
+    def _follow(self, update: RequestUpdate) -> None:
+        """Tells the spans what concerns them; most updates are tokens, which do not."""
+        if update.stages is not None:
+            self._spans.stages(update.request_id, update.stages)
+        if update.reserved is not None:
+            self._spans.granted(update.request_id, self._clock())
+        if update.end is not None:
+            self._spans.ended(update.request_id, update.end, self._clock())
 
     async def expire(self) -> None:
         """Once in a while: forgets what was kept long enough, cancels for routers that stayed away."""

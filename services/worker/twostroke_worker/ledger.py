@@ -36,6 +36,7 @@ class _RouterLog:
     left_s: float | None = None
     records: dict[str, RequestRecord] = field(default_factory=dict)
     dirty: dict[str, None] = field(default_factory=dict)
+    receipts: list[tuple[str, float]] = field(default_factory=list)
 
 
 class Ledger:
@@ -59,6 +60,7 @@ class Ledger:
         log.stream += 1
         log.left_s = None
         log.dirty.clear()
+        log.receipts.clear()
         forgotten = [request_id for request_id in log.records if request_id not in resumes]
         orphans = [request_id for request_id in forgotten if self._drop(router_id, request_id)]
         for request_id, next_offsets in resumes.items():
@@ -101,9 +103,12 @@ class Ledger:
         """Ids of requests that have not ended."""
         return list(self._owners)
 
-    def accept(self, router_id: str, request_id: str) -> None:
-        """Opens the record of a new request."""
-        self._routers.setdefault(router_id, _RouterLog()).records[request_id] = RequestRecord(request_id)
+    def accept(self, router_id: str, request_id: str, now_s: float = 0.0, *, has_receipt: bool = False) -> None:
+        """Opens the record of a new request that came now; its router may be told so at once."""
+        log = self._routers.setdefault(router_id, _RouterLog())
+        log.records[request_id] = RequestRecord(request_id, received_s=now_s)
+        if has_receipt:
+            log.receipts.append((request_id, now_s))
         self._owners[request_id] = router_id
 
     def refuse(self, router_id: str, request_id: str, end: RequestEnd) -> None:
@@ -133,14 +138,24 @@ class Ledger:
     # ---- news --------------------------------------------------------------------------------------------------------
 
     def has_news(self, router_id: str) -> bool:
-        """Whether `take` would return anything."""
+        """Whether `take` or `take_receipts` would return anything."""
         log = self._routers.get(router_id)
-        return bool(log and log.dirty)
+        return bool(log and (log.dirty or log.receipts))
 
     @property
     def has_unsent(self) -> bool:
         """Whether a connected router has yet to be sent something."""
         return any(log.dirty and log.left_s is None for log in self._routers.values())
+
+    def received_s(self, router_id: str, request_id: str) -> float:
+        """When a request came that `take` has just told of."""
+        return self._routers[router_id].records[request_id].received_s
+
+    def take_receipts(self, router_id: str) -> list[tuple[str, float]]:
+        """Requests whose router has not been told that they came, and when they did."""
+        log = self._routers[router_id]
+        taken, log.receipts = log.receipts, []
+        return taken
 
     def take(self, router_id: str, now_s: float) -> list[RequestUpdate]:
         """What the router has not been sent, as much as fits one message; counts as sent from here on."""

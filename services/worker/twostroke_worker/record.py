@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from twostroke_engine.messages import ChoiceDelta, LeaseGrant, RequestEnd, RequestUpdate
+from twostroke_engine.messages import ChoiceDelta, LeaseGrant, RequestEnd, RequestUpdate, StageTimes
 from twostroke_engine.request import FinishReason, TokenOut
 
 
@@ -62,6 +62,7 @@ class RequestRecord:
     """What the engine has said of one request."""
 
     request_id: str
+    received_s: float = 0.0
     end: RequestEnd | None = None
     end_sent_s: float | None = None
     """When the end was last sent."""
@@ -69,6 +70,8 @@ class RequestRecord:
     _is_grant_sent: bool = False
     _next_offsets: Sequence[int] = ()
     _choices: dict[int, _ChoiceRecord] = field(default_factory=dict)
+    _stages: StageTimes | None = None
+    """Not yet sent. They are sent once: after a reconnect they would be about another message."""
 
     @property
     def has_news(self) -> bool:
@@ -83,6 +86,7 @@ class RequestRecord:
         """Takes in what the engine says; False if a choice's tokens are not consecutive."""
         self._grant = update.reserved or self._grant
         self.end = update.end or self.end
+        self._stages = self._stages or update.stages
         is_whole = True
         for delta in update.deltas:
             is_whole &= self._choice(delta).add(delta)
@@ -109,7 +113,10 @@ class RequestRecord:
         end = None
         if self.end_sent_s is None and self.end and not any(choice.has_news for choice in self._choices.values()):
             end, self.end_sent_s = self.end, now_s
-        update = RequestUpdate(request_id=self.request_id, deltas=tuple(deltas), reserved=reserved, end=end)
+        stages, self._stages = self._stages, None
+        update = RequestUpdate(
+            request_id=self.request_id, deltas=tuple(deltas), reserved=reserved, end=end, stages=stages
+        )
         return update, cost + 1
 
     def _choice(self, delta: ChoiceDelta) -> _ChoiceRecord:

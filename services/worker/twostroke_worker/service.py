@@ -13,8 +13,12 @@ from typing import Any
 import grpc.aio
 from twostroke_chassis.lifecycle import Lifecycle, listen
 from twostroke_chassis.membership import Membership, WorkerRecord, new_epoch
+from twostroke_chassis.metrics_server import serving_metrics
+from twostroke_chassis.otlp import exporting
 from twostroke_chassis.prefix_index import PrefixPublisher
 from twostroke_chassis.rpc import RpcServer, reachable_endpoint, serve
+from twostroke_chassis.spans import NoTracing, Tracing
+from twostroke_chassis.telemetry import WorkerMetrics
 from twostroke_engine.messages import BlockEvents, EngineReady, StepReport
 from twostroke_proto.v1 import worker_pb2_grpc
 
@@ -23,6 +27,7 @@ from twostroke_worker.dispatch import Dispatch
 from twostroke_worker.engine_client import EngineClient
 from twostroke_worker.ledger import Ledger
 from twostroke_worker.settings import WorkerSettings
+from twostroke_worker.spans import NoSpans, RequestSpans
 from twostroke_worker.transfer_relay import Deliver, TransferRelay
 from twostroke_worker.wire import LeaseHome, RequestLimits
 
@@ -56,7 +61,10 @@ async def run_worker(lifecycle: Lifecycle, settings: WorkerSettings, composition
         relay = composition.relay(engine.send)
         publisher = PrefixPublisher(settings.redis, settings.cluster, settings.id, epoch)
         await stack.enter_async_context(publisher)
-        dispatch = _make_dispatch(engine, settings)
+        metrics = WorkerMetrics(settings.id, settings.role, settings.served_name, has_vllm_names=settings.vllm_metrics)
+        tracing = await stack.enter_async_context(exporting(settings, metrics.registry, metrics.dropped))
+        dispatch = _make_dispatch(engine, settings, tracing)
+        metrics.load = lambda: dispatch.load
         await stack.enter_async_context(_beside(lifecycle, _pump(engine, dispatch, relay, publisher), "engine"))
         await stack.enter_async_context(_beside(lifecycle, _expire(dispatch), "expiry"))
         server = await _serve(settings, composition, relay, WorkerService(settings.id, epoch, dispatch))
@@ -65,10 +73,11 @@ async def run_worker(lifecycle: Lifecycle, settings: WorkerSettings, composition
         stack.callback(dispatch.end_streams)
         endpoint = reachable_endpoint(server.endpoint)
         dispatch.home = replace(dispatch.home, endpoint=endpoint)
+        endpoints = {"grpc": endpoint, **stack.enter_context(serving_metrics(settings.metrics, metrics.registry))}
         membership = await stack.enter_async_context(Membership(settings.etcd, settings.cluster))
         await membership.wait_ready(settings.wait)
         await membership.register(_record(settings, engine.ready, endpoint, epoch))
-        lifecycle.ready({"grpc": endpoint})
+        lifecycle.ready(endpoints)
         await lifecycle.drain.wait()
         await _drain(dispatch, membership, server, settings.grace)
 
@@ -77,13 +86,15 @@ def _size(ready: EngineReady) -> tuple[int, int]:
     return ready.num_blocks, ready.max_model_len
 
 
-def _make_dispatch(engine: EngineClient, settings: WorkerSettings) -> Dispatch:
+def _make_dispatch(engine: EngineClient, settings: WorkerSettings, tracing: Tracing) -> Dispatch:
     ready = engine.ready
+    spans = NoSpans() if isinstance(tracing, NoTracing) else RequestSpans(tracing, settings.id)
     return Dispatch(
         engine.send,
         RequestLimits(vocab_size=ready.vocab_size, max_model_len=ready.max_model_len),
         LeaseHome(worker_id=settings.id, endpoint="", kv_fingerprint=ready.kv_spec.fingerprint()),
         Ledger(settings.resume_grace),
+        spans,
     )
 
 

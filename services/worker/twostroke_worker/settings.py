@@ -13,7 +13,7 @@ from twostroke_engine.config import EngineConfig
 _BLOCK_SIZES = {"cpu": 16, "cuda": 64}
 _STEP_TOKENS = {"cpu": 512, "cuda": 8192}
 _RUNNING = {"cpu": 64, "cuda": 256}
-_CHANNELS = ("shm", "collective", "tcp")
+_CHANNELS = ("cuda_ipc", "shm", "nixl", "collective", "tcp")
 
 
 def _check_channels(value: str) -> str:
@@ -33,6 +33,9 @@ class WorkerSettings(ServiceSettings):
     model_dir: Path = Field(description="HuggingFace folder: config.json, *.safetensors")
     model_name: str = Field("", description="name that clients ask for (default: the folder's name)")
     listen: HostPort = Field("127.0.0.1:0", description="address of the gRPC server; port 0 takes a free one")
+    metrics: HostPort | None = Field(
+        None, description="where to serve /metrics over HTTP; port 0 takes a free one (default: nowhere)"
+    )
     device: Literal["cpu", "cuda"] = Field("cpu", description="where the model runs")
     dtype: Literal["bfloat16", "float32", "float16"] = Field("bfloat16", description="number format of the model")
     load_format: Literal["safetensors", "random"] = Field(
@@ -70,8 +73,8 @@ class WorkerSettings(ServiceSettings):
     )
     channels: ChannelNames = Field(
         "",
-        description="KV channels to use, best first, separated by commas: shm, collective, tcp (default: all that the "
-        "device and the system can do); the decode worker's order counts",
+        description="KV channels to use, best first, separated by commas: cuda_ipc, shm, nixl, collective, tcp "
+        "(default: all that are worth it on the device and the system); the decode worker's order counts",
     )
     transfer_timeout_s: float = Field(
         10, gt=0, allow_inf_nan=False, description="a KV channel operation that takes longer ends the pair"

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import grpc
 import grpc.aio
+from twostroke_chassis.loop_clock import news_s
 from twostroke_chassis.rpc import open_channel
 from twostroke_chassis.tracing import call_metadata
 from twostroke_engine.messages import InboxMessage, PeerLost, PeerMessage
@@ -104,7 +105,8 @@ class _Link:
     ) -> None:
         try:
             async for envelope in incoming:
-                await self._deliver(PeerMessage(peer=self._peer, message=from_proto(envelope)))
+                message = from_proto(envelope)
+                await self._deliver(PeerMessage(peer=self._peer, message=message, received_s=news_s()))
             self.lose("its stream ended")
         except (*_BROKEN, InvalidMessage) as error:
             self.lose(_describe(error))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
-from twostroke_engine.messages import ChoiceDelta, EngineLoad, LeaseGrant, RequestEnd, RequestUpdate
+from twostroke_engine.messages import ChoiceDelta, EngineLoad, LeaseGrant, RequestEnd, RequestUpdate, StageTimes
 from twostroke_engine.request import Request, SamplingParams, TokenOut
 from twostroke_engine.transfer.messages import KVDestination
 from twostroke_proto.v1 import types_pb2, worker_pb2
@@ -129,13 +129,28 @@ def load_to_proto(load: EngineLoad, is_draining: bool) -> worker_pb2.WorkerLoad:
     return worker_pb2.WorkerLoad(draining=is_draining, **msgspec.structs.asdict(load))
 
 
-def update_to_proto(update: RequestUpdate, home: LeaseHome) -> worker_pb2.RequestUpdate:
-    """News of one request; a granted lease becomes a destination at `home`."""
+def update_to_proto(update: RequestUpdate, home: LeaseHome, now_s: float = 0.0) -> worker_pb2.RequestUpdate:
+    """News of one request as it leaves now, on the host's clock; a granted lease becomes a destination at `home`."""
     return worker_pb2.RequestUpdate(
         request_id=update.request_id,
         deltas=[_delta_to_proto(delta) for delta in update.deltas],
         reserved=_grant_to_proto(update.reserved, home) if update.reserved else None,
         end=_end_to_proto(update.end) if update.end else None,
+        stages=_stages_to_proto(update.stages, now_s) if update.stages else None,
+    )
+
+
+def receipt_to_proto(request_id: str, held_s: float) -> worker_pb2.RequestUpdate:
+    """A submission has come, so long ago."""
+    return worker_pb2.RequestUpdate(request_id=request_id, receipt=worker_pb2.Receipt(held_s=held_s))
+
+
+def _stages_to_proto(stages: StageTimes, now_s: float) -> worker_pb2.StageTimes:
+    return worker_pb2.StageTimes(
+        queue_s=stages.queue_s,
+        compute_s=stages.compute_s,
+        ready_s=stages.ready_s,
+        leaving_s=max(0.0, now_s - stages.made_s),
     )
 
 

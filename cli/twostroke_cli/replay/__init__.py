@@ -1,0 +1,1 @@
+"""`twostroke replay`: recorded loads against simulated workers, placed by the routers' own code."""
