@@ -4,9 +4,9 @@ BIN := .venv/bin
 PACKAGES := proto kernels engine services/chassis services/worker services/router services/prefill services/decode cli
 CODE := $(PACKAGES) deploy examples benchmarks docs hatch_build.py
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
-# Tests that share the machine go to several processes, the others one by one; pytest's 5 says that one of the two has none.
-tests = chosen=5; for part in "-n 2 -m \"not alone $(1)\"" "-m \"alone $(1)\""; do \
-	status=0; eval $(PYTEST) $$part '$(2)' || status=$$?; \
+# Two processes for what computes, then two for what waits, then one for whole clusters; pytest's 5: a part has no test.
+PARTS = "-n 2 -m \"not servers and not alone $(1)\"" "-n 2 --dist loadfile -m \"servers $(1)\"" "-m \"alone $(1)\""
+tests = chosen=5; for part in $(PARTS); do status=0; eval $(PYTEST) $$part '$(2)' || status=$$?; \
 	case $$status in 0) chosen=0;; 5) ;; *) exit $$status;; esac; done; exit $$chosen
 export PYTHON
 .PHONY: help setup run demo test quick lint format types arch check proto docs images clean

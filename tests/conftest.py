@@ -13,16 +13,16 @@ import pytest
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 
-_SHARE_THE_MACHINE = {"unit", "kernels", "model", "docs"}
-"""Folders whose tests start no servers and wait for nothing: several processes may run them at once."""
+_MARKERS = {"service": "servers", "deploy": "servers", "e2e": "alone", "soak": "alone"}
+"""Of whole folders: what `make test` runs beside what. The other folders' tests start nothing and wait for nothing."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tests = Path(__file__).parent
     for item in items:
-        if item.path.relative_to(tests).parts[0] not in _SHARE_THE_MACHINE:
-            item.add_marker(pytest.mark.alone)
+        if marker := _MARKERS.get(item.path.relative_to(tests).parts[0]):
+            item.add_marker(marker)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
