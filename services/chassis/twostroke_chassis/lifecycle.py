@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import json
 import logging
 import os
@@ -61,7 +62,13 @@ class Lifecycle:
         return self._is_ready
 
     def ready(self, endpoints: Mapping[str, str]) -> None:
-        """The service is up: writes the ready file (see `--ready-file`), atomically."""
+        """The service is up: writes the ready file (see `--ready-file`), atomically.
+
+        What it has made until now stays as long as it runs, so the garbage collector need not look at it again: a full
+        collection stops every stream.
+        """
+        gc.collect()
+        gc.freeze()
         self._is_ready = True
         _log.info("ready: %s", " ".join(f"{name}={address}" for name, address in endpoints.items()))
         if self.settings.ready_file is not None:
