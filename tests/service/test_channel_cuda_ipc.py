@@ -5,25 +5,19 @@ On a card over CUDA IPC; on a host a file that both map stands in for the device
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
-from base64 import b64decode
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from threading import Thread
+from queue import Empty
 
-import msgspec
 import pytest
 import torch
-from twostroke_engine.messages import PeerMessage
 from twostroke_engine.request import ErrorCode
 
 from tests.support.block_ends import make_block_receiving
-from tests.support.prefill_process import FromPrefill, Outcome, RunPrompt, to_line
+from tests.support.prefill_client import PrefillProcess
+from tests.support.prefill_process import Outcome, RunPrompt
 from tests.support.transfer_ends import NUM_LAYERS, SPEC, Receiving, make_request
 
 pytestmark = pytest.mark.slow
@@ -40,39 +34,12 @@ DEVICES = [
 ]
 
 
-class Writer:
-    """The other process, and what it said."""
+class Writer(PrefillProcess):
+    """The other process, and what became of its prompts."""
 
     def __init__(self, device: str) -> None:
-        self.said: SimpleQueue[FromPrefill] = SimpleQueue()
+        super().__init__("cuda_ipc", device)
         self.outcomes: dict[str, Outcome] = {}
-        paths = [ROOT, ROOT / "engine", ROOT / "kernels"]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.prefill_process", "cuda_ipc", device],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"},
-        )
-        Thread(target=self._read, daemon=True).start()
-
-    def tell(self, message: PeerMessage | RunPrompt) -> None:
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(to_line(message))
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            return  # killed
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-    def _read(self) -> None:
-        decoder: msgspec.msgpack.Decoder[FromPrefill] = msgspec.msgpack.Decoder(FromPrefill)
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.said.put(decoder.decode(b64decode(line)))
 
 
 class Pairs:
@@ -130,7 +97,7 @@ def pairs(request: pytest.FixtureRequest) -> Iterator[Pairs]:
     made = Pairs(request.param)
     yield made
     for writer in made.writers.values():
-        writer.end()
+        writer.kill()
     made.receiving.receiver.close()
 
 

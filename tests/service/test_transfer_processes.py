@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
-from base64 import b64decode
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from threading import Thread
+from queue import Empty
 
-import msgspec
 import pytest
 import torch
-from twostroke_engine.messages import PeerMessage
 from twostroke_engine.request import ErrorCode
 from twostroke_engine.transfer.messages import SegmentReady
 
 from tests.support.channel_schemes import NETWORKED, make_scheme
-from tests.support.prefill_process import FromPrefill, Outcome, RunPrompt, to_line
+from tests.support.prefill_client import PrefillProcess
+from tests.support.prefill_process import Outcome, RunPrompt
 from tests.support.transfer_ends import NUM_LAYERS, SPEC, Receiving, make_request
 
 pytestmark = pytest.mark.slow
@@ -29,39 +23,12 @@ ROOT = Path(__file__).parents[2]
 TOKENS = tuple(range(500, 600))
 
 
-class PrefillProcess:
-    """The other process, and what it said."""
+class NamedPrefill(PrefillProcess):
+    """One of several."""
 
     def __init__(self, name: str, channel: str) -> None:
+        super().__init__(channel)
         self.name = name
-        self.said: SimpleQueue[FromPrefill | None] = SimpleQueue()
-        paths = [ROOT, ROOT / "engine", ROOT / "kernels"]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.prefill_process", channel],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"},
-        )
-        Thread(target=self._read, daemon=True).start()
-
-    def tell(self, message: PeerMessage | RunPrompt) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(to_line(message))
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            return  # killed
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def _read(self) -> None:
-        decoder: msgspec.msgpack.Decoder[FromPrefill] = msgspec.msgpack.Decoder(FromPrefill)
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self.said.put(decoder.decode(b64decode(line)))
 
 
 class Cluster:
@@ -71,15 +38,15 @@ class Cluster:
         torch.set_num_threads(1)
         self.channel = channel
         self.receiving = Receiving(make_scheme(channel, 10.0), timeout_s=10.0)
-        self.processes: list[PrefillProcess] = []
+        self.processes: list[NamedPrefill] = []
         self.outcomes: dict[str, Outcome] = {}
         self.segments = 0
 
-    def start(self, name: str) -> PrefillProcess:
-        self.processes.append(PrefillProcess(name, self.channel))
+    def start(self, name: str) -> NamedPrefill:
+        self.processes.append(NamedPrefill(name, self.channel))
         return self.processes[-1]
 
-    def run(self, process: PrefillProcess, request_id: str, pause_s: float = 0.0) -> None:
+    def run(self, process: NamedPrefill, request_id: str, pause_s: float = 0.0) -> None:
         self.receiving.receiver.reserve(make_request(request_id, TOKENS), 60.0)
         grant = self.receiving.host.grants()[request_id]
         process.tell(RunPrompt(request_id, TOKENS, grant, 40, pause_s))
@@ -99,7 +66,7 @@ class Cluster:
             self._hear(process)
         time.sleep(0.001)
 
-    def _hear(self, process: PrefillProcess) -> None:
+    def _hear(self, process: NamedPrefill) -> None:
         try:
             message = process.said.get_nowait()
         except Empty:

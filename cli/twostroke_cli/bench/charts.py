@@ -143,19 +143,23 @@ def ttft_over_time(runs: Sequence[Run]) -> str | None:
         return drawn(figure, "time to first token of each request over time")
 
 
+def _first_rounds(runs: Sequence[Run]) -> list[Run]:
+    """Each target's first, in the order of the targets."""
+    firsts = {run.target: run for run in reversed(runs)}
+    return sorted(firsts.values(), key=runs.index)
+
+
 def load_over_time(runs: Sequence[Run]) -> str:
     """Requests in flight, of each target's first round."""
     with rc_context(STYLE):
         figure, axes = _axes("Requests in flight")
-        firsts = {run.target: run for run in reversed(runs)}
-        for colour, (name, run) in zip(
-            SERIES, sorted(firsts.items(), key=lambda item: runs.index(item[1])), strict=False
-        ):
+        firsts = _first_rounds(runs)
+        for colour, run in zip(SERIES, firsts, strict=False):
             times = np.linspace(0, run.duration_s, STEPS + 1)
             begun = np.sort([outcome.sent_at_s for outcome in run.outcomes])
             ended = np.sort([outcome.end_at_s for outcome in run.outcomes])
             flying = np.searchsorted(begun, times, "right") - np.searchsorted(ended, times, "right")
-            axes.step(times, flying, where="post", color=colour, label=name)
+            axes.step(times, flying, where="post", color=colour, label=run.target)
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         _as_time(axes.xaxis)
@@ -168,16 +172,14 @@ def tokens_over_time(runs: Sequence[Run]) -> str:
     """Pieces of text a second, of each target's first round."""
     with rc_context(STYLE):
         figure, axes = _axes("Pieces of text per second")
-        firsts = {run.target: run for run in reversed(runs)}
-        for colour, (name, run) in zip(
-            SERIES, sorted(firsts.items(), key=lambda item: runs.index(item[1])), strict=False
-        ):
+        firsts = _first_rounds(runs)
+        for colour, run in zip(SERIES, firsts, strict=False):
             counts, edges = np.histogram(
                 [time_s for outcome in run.outcomes for time_s in outcome.piece_times_s],
                 bins=STEPS,
                 range=(0, run.duration_s or 1.0),
             )
-            axes.step(edges[:-1], counts / np.diff(edges), where="post", color=colour, label=name)
+            axes.step(edges[:-1], counts / np.diff(edges), where="post", color=colour, label=run.target)
         axes.set_ylim(bottom=0)
         _as_time(axes.xaxis)
         if len(firsts) > 1:

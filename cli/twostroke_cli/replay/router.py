@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from twostroke_chassis.prefix_table import Keys, PrefixTable
@@ -52,7 +52,7 @@ class Placed:
     decode: int | None
     token: int
     """By which the router knows it until the worker's load shows it."""
-    believed_tokens: float = 0.0
+    believed_tokens: float
     """Queued where its prompt will be computed, this request left out."""
 
     @property
@@ -107,8 +107,8 @@ class Router:
         self._fleet.placed()
         self._num_placed += 1
         prefill, decode = (None if name is None else int(name) for name in (placement.prefill, placement.decode))
-        placed = Placed(prefill, decode, self._num_placed)
-        placed = replace(placed, believed_tokens=self._queued(placed.computes))
+        believed_tokens = self._queued(int(placement.prefill or placement.decode or 0))
+        placed = Placed(prefill, decode, self._num_placed, believed_tokens)
         arrives_s = now_s + self._cluster.delays.message_s
         for slot in placed.workers:
             tokens = row.prompt_len - placement.expected_hit if slot == placed.computes else 0

@@ -8,7 +8,6 @@ two pods do not by default; and if the sender can reach the receiver's GPU. All 
 
 from __future__ import annotations
 
-import secrets
 import socket
 from collections.abc import Callable
 
@@ -35,7 +34,7 @@ from twostroke_engine.transfer.cuda_ipc_pair import (
     say,
 )
 from twostroke_engine.transfer.peer_process import own_process, watch
-from twostroke_engine.transfer.rendezvous import Rendezvous, greeting
+from twostroke_engine.transfer.rendezvous import Rendezvous, greeting, listen_by_name
 from twostroke_engine.transfer.shm import place
 from twostroke_engine.transfer.word_socket import WordSocket
 
@@ -46,10 +45,7 @@ class CudaIpcListener:
     def __init__(self, exported: ExportedPool, timeout_s: float) -> None:
         self._exported = exported
         self._timeout_s = timeout_s
-        self._name = f"twostroke-ipc-{secrets.token_hex(8)}"
-        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listening.bind(f"\0{self._name}")
-        listening.listen(128)
+        self._name, listening = listen_by_name("twostroke-ipc")
         self._rendezvous = Rendezvous(listening, timeout_s)
         self.close = self._rendezvous.close
 

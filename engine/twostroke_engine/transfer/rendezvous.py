@@ -61,6 +61,15 @@ class _Stranger:
         return len(self.said) < _HELLO.size or self.id_bytes <= MAX_PAIR_ID_BYTES
 
 
+def listen_by_name(prefix: str) -> tuple[str, socket.socket]:
+    """A listening socket that processes of this host find by its name, which no file stands for; the name."""
+    name = f"{prefix}-{secrets.token_hex(8)}"
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listening.bind(f"\0{name}")
+    listening.listen(128)
+    return name, listening
+
+
 class Rendezvous:
     """The listening socket of one scheme, and its thread."""
 

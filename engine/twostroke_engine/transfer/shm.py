@@ -14,7 +14,6 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-import secrets
 import socket
 import struct
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from twostroke_engine.transfer.channel import ChannelError, KVChannel
 from twostroke_engine.transfer.pair_socket import PairSocket
-from twostroke_engine.transfer.rendezvous import Rendezvous, greeting
+from twostroke_engine.transfer.rendezvous import Rendezvous, greeting, listen_by_name
 
 SLOT_BYTES = 1 << 19
 """Large enough that a word is cheap, small enough that what one side wrote is in the caches when the other reads it."""
@@ -123,10 +122,7 @@ class ShmListener:
     """The receiver's name."""
 
     def __init__(self, timeout_s: float) -> None:
-        self._name = f"twostroke-{secrets.token_hex(8)}"
-        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listening.bind(f"\0{self._name}")
-        listening.listen(128)
+        self._name, listening = listen_by_name("twostroke")
         self._rendezvous = Rendezvous(listening, timeout_s)
         self.close = self._rendezvous.close
 
