@@ -169,13 +169,14 @@ class Engine:
         """One stroke: plan, launch, land, report. False if there was nothing to do."""
         began_s = self._clock()
         self._end_overdue(began_s)
-        if not all(flight.is_open for flight in self._flights):
+        must_know = not all(flight.is_open for flight in self._flights)
+        if must_know:
             self._land()
         plan = self._scheduler.plan(self.steps + 1, began_s)
         if plan.scheduled:
             self._launch(plan, began_s)
         elif not self._flights:
-            return False
+            return must_know
         num_aloft = 1 if plan.scheduled and self._runner.overlaps else 0
         while len(self._flights) > num_aloft:
             self._land()

@@ -202,7 +202,7 @@ def encode_row(row: Tensor, wire: KVWire) -> tuple[bytes, bytes]:
     """One head of one token as `KVWire` says: its values and its scale (none where the format has none)."""
     if not wire.peak:
         return bytes(row.contiguous().to(wire.dtype).view(torch.uint8).tolist()), b""
-    wide = row.float()
+    wide = row.float().cpu()  # a GPU divides by a number as it multiplies by its rounded inverse
     if not bool(torch.isfinite(wide).all()):
         return bytes(row.shape[0]), struct.pack("<f", math.nan)
     scale = torch.clamp(wide.abs().max() / wire.peak, min=SCALE_FLOOR)

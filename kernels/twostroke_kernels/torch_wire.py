@@ -33,7 +33,8 @@ def to_wire(values: Tensor, wire: KVWire) -> Tensor:
         return values.to(wire.dtype).view(count, values[0].numel() if count else 0).view(torch.uint8).view(count, size)
     wide = values.float()
     largest = wide.abs().amax(-1)  # NaN wherever a value is NaN
-    scales = (largest / wire.peak).clamp_min(SCALE_FLOOR)
+    # By a tensor: on a GPU, PyTorch divides by a number as it multiplies by its rounded inverse.
+    scales = (largest / torch.full_like(largest, wire.peak)).clamp_min(SCALE_FLOOR)
     scales.masked_fill_(~torch.isfinite(largest), torch.nan)
     scaled = torch.nan_to_num_(wide.div_(scales[..., None]), 0.0)
     codes = scaled.round_().to(torch.int8) if wire.dtype == torch.int8 else scaled.to(wire.dtype)

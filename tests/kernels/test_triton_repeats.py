@@ -21,6 +21,7 @@ from torch import Tensor
 from twostroke_kernels.backend import (
     Backend,
     HeadNorm,
+    KVItems,
     KVWire,
     PagedBatch,
     Penalties,
@@ -184,7 +185,12 @@ def blocks(backend: Backend, count: int) -> dict[str, Compute]:
         change(copy)
         return copy
 
+    def pushed(target: Tensor) -> None:
+        backend.push_kv(KVItems(pool, ids[:count]), KVItems(target, ids[count:]), 1, 2, wire)
+
     return {
+        "push": lambda: changed(pushed),
+        "digest in place": lambda: backend.digest_kv(KVItems(pool, ids), 1, 2, wire),
         "pack": lambda: backend.pack_kv(pool, ids[:count], 1, 2, wire),
         "digest": lambda: backend.digest(segment),
         "unpack": lambda: changed(lambda copy: backend.unpack_kv(copy, ids[count:], 1, segment, wire)),

@@ -27,15 +27,15 @@ def copy_blocks(pool: Tensor, sources: Tensor, targets: Tensor) -> None:
     if sources.shape[0] == 0 or size == 0:
         return
     grid = (sources.shape[0], triton.cdiv(size, _BLOCK))
-    copy_words[grid](words, sources, targets, SIZE=size, BLOCK=_BLOCK, num_warps=_NUM_WARPS)
+    copy_words[grid](words, sources, targets, size, BLOCK=_BLOCK, num_warps=_NUM_WARPS)
 
 
 @triton.jit(do_not_specialize_on_alignment=["sources", "targets"])
-def copy_words(words, sources, targets, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def copy_words(words, sources, targets, size, BLOCK: tl.constexpr):
     """One program: a stretch of one block."""
     source = tl.load(sources + tl.program_id(0)).to(tl.int64)
     target = tl.load(targets + tl.program_id(0)).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < SIZE
-    values = tl.load(words + source * SIZE + at, mask=inside)
-    tl.store(words + target * SIZE + at, values, mask=inside)
+    inside = at < size
+    values = tl.load(words + source * size + at, mask=inside)
+    tl.store(words + target * size + at, values, mask=inside)
