@@ -46,6 +46,13 @@ def test_bytes_for_kv(memory: DeviceMemory, fraction: float, kv: int) -> None:
     assert memory.for_kv(fraction) == kv
 
 
+def test_what_another_process_takes_meanwhile_is_not_this_ones() -> None:
+    """Two workers that start on one card at once would else each count the other's weights as their own."""
+    gib = 1 << 30
+    memory = DeviceMemory(total=80 * gib, free_at_start=80 * gib, free=46 * gib, reserved=16 * gib, peak=17 * gib)
+    assert memory.for_kv(0.45) == int(80 * gib * 0.45) - 2 * gib - 17 * gib
+
+
 def test_who_says_how_many_blocks(loaded: LoadedModel) -> None:
     block_bytes = loaded.spec.block_bytes
     measured = EngineConfig(model_dir="")

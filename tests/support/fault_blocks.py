@@ -12,7 +12,7 @@ from torch import Tensor
 from twostroke_engine.transfer.channel import BlockWriter
 from twostroke_engine.transfer.hand_off import HandOff, Piece
 from twostroke_engine.transfer.outlet import Announced, Outlet
-from twostroke_engine.transfer.plan import KVSegment, SegmentShape
+from twostroke_engine.transfer.plan import KVSegment
 
 from tests.support.fault_channel import Injector, end_here
 from tests.support.fault_plan import Planned
@@ -45,10 +45,10 @@ class FaultyWriter:
 class FaultyOutlet:
     """The way out of a pair with such a writer."""
 
-    def __init__(self, inner: Outlet, shape: SegmentShape, writer: FaultyWriter, injector: Injector) -> None:
+    def __init__(self, inner: Outlet, writer: FaultyWriter, injector: Injector) -> None:
         self.close = inner.close
+        self.shape = inner.shape
         self._inner = inner
-        self._shape = shape
         self._writer = writer
         self._injector = injector
         self._number = 0
@@ -92,7 +92,7 @@ class FaultyOutlet:
 
     def _spoil(self, segment: KVSegment, block_ids: tuple[int, ...], cuts: bool) -> None:
         """Changes a bit of the segment's first item, or leaves nothing of its last one."""
-        pool, tokens = self._writer.pool, self._shape.wire.block_size
+        pool, tokens = self._writer.pool, self.shape.wire.block_size
         place = segment.first_block + (segment.num_blocks - 1 if cuts else 0)
         layer = segment.first_layer + (segment.num_layers - 1 if cuts else 0)
         split = pool.shape[3] // tokens

@@ -84,6 +84,7 @@ def make_context(
     fields: dict[str, object] = {
         "timeout_s": 5.0,
         "layers_per_segment": 1,
+        "min_written_layers": 1,
         "backend": choose_backend(pool.device),
     } | more
     return TransferContext(

@@ -180,3 +180,14 @@ def test_a_head_that_several_ranks_hold_has_one_source() -> None:
 def test_heads_that_cannot_be_shared(num_heads: int, num_ranks: int) -> None:
     with pytest.raises(ValueError, match="cannot be shared"):
         rank_layouts(spec_of(1, num_heads), num_ranks)
+
+
+@pytest.mark.parametrize(("told", "written"), [(1, 16), (3, 18), (16, 16), (40, 40)])
+def test_what_is_written_in_place_goes_in_whole_groups_of_layers(told: int, written: int) -> None:
+    """A sender may have told of layers before it knew how its segments go: every end of theirs is one of those."""
+    shape = shape_of(48, told, blocks_per_segment=1)
+    in_place = shape.written_in_place(16)
+    ends = [layer for layer in range(48) if in_place.is_boundary(layer)]
+    assert ends[0] == min(written, 48) - 1
+    assert all(shape.is_boundary(layer) for layer in ends)
+    assert len(plan_transfer(in_place, ChunkBlocks(0, 0, 40), 640, 0).segments) == len(ends)

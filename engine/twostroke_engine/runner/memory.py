@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from twostroke_engine.runner.model_runner import ModelRunner
 
 CPU_KV_CACHE_BYTES = 1 << 30
+MOST_LIBRARY_BYTES = 2 << 30
+"""CUDA's context, kernels and workspaces take no more. What else is gone by then, another process took meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ class DeviceMemory:
 
     def for_kv(self, fraction: float) -> int:
         """Bytes of KV that keep this process within its fraction of the device, and fit beside other processes."""
-        libraries = max(0, self.free_at_start - self.free - self.reserved)
+        libraries = min(max(0, self.free_at_start - self.free - self.reserved), MOST_LIBRARY_BYTES)
         budget = int(self.total * fraction) - libraries - self.peak - self.captured
         room = self.free - max(0, self.peak - self.reserved) - self.captured
         return min(budget, room)

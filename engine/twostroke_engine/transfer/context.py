@@ -38,6 +38,8 @@ class TransferContext:
     transfer_dtype: str = AUTO
     """Number format on the wire, as far as this side's user has a wish: `auto` or a key of `LOSSY_DTYPES`."""
     clock: Callable[[], float] = time.monotonic
+    min_written_layers: int = 16
+    """Of a segment that is written into the receiver's blocks: to tell of one takes longer than to write it."""
     stall_timeout_s: float = 60.0
     """A bound lease that makes no progress for so long is given up. Longer than a wait for the next chunk of a busy
     prefill worker; a dead one is noticed much earlier, by its control stream or its channel."""

@@ -15,7 +15,7 @@ from twostroke_kernels.backend import KVItems
 from twostroke_engine.transfer.channel import NOT_GRANTED, BlockTarget, KVChannel
 from twostroke_engine.transfer.context import TransferContext, kernel_wire
 from twostroke_engine.transfer.outlet import unsigned
-from twostroke_engine.transfer.plan import KVSegment, SegmentShape
+from twostroke_engine.transfer.plan import MAX_SEGMENT_BYTES, KVSegment, SegmentShape
 
 if TYPE_CHECKING:
     from twostroke_engine.transfer.receive_pair import WriteGrant
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 class Inlet(Protocol):
     """One pair's way in. Called on the pair's thread, but `close`."""
+
+    max_bytes: int
+    """Of a segment."""
 
     def open(self, grant: WriteGrant) -> None:
         """The lease's blocks may be written to, once earlier use of them has ended.
@@ -66,6 +69,7 @@ class ChannelInlet:
 
     def __init__(self, context: TransferContext, shape: SegmentShape, channel: KVChannel) -> None:
         self.close = channel.close
+        self.max_bytes = max(MAX_SEGMENT_BYTES, context.spec.block_bytes)
         self._context = context
         self._shape = shape
         self._channel = channel
@@ -106,6 +110,7 @@ class BlockInlet:
     def __init__(self, context: TransferContext, shape: SegmentShape, target: BlockTarget) -> None:
         self.end = target.end
         self.close = target.close
+        self.max_bytes = context.pool.nbytes
         self._context = context
         self._shape = shape
         self._target = target

@@ -30,6 +30,9 @@ class Announced:
 class Outlet(Protocol):
     """One pair's way out. Called on the pair's thread."""
 
+    shape: SegmentShape
+    """How segments are cut."""
+
     def prepare(self, hand_off: HandOff, piece: Piece) -> Announced | None:
         """Makes what travels, or writes it where it belongs; None if the receiver has taken the lease back.
 
@@ -69,13 +72,13 @@ class ChannelOutlet:
         self.turn = context.device.turn
         self.close = channel.close
         self._context = context
-        self._shape = shape
+        self.shape = shape
         self._channel = channel
 
     def prepare(self, hand_off: HandOff, piece: Piece) -> Announced:
         """Gathers, converts and digests."""
         context, segment = self._context, piece.segment
-        items, wire = self._shape.items(segment, hand_off.block_ids), kernel_wire(self._shape.wire)
+        items, wire = self.shape.items(segment, hand_off.block_ids), kernel_wire(self.shape.wire)
         with context.device.work(piece.after):
             ids = torch.tensor(items, dtype=torch.int64, device=context.pool.device)
             packed, digests = context.backend.pack_kv(context.pool, ids, segment.first_layer, segment.num_layers, wire)
@@ -95,7 +98,7 @@ class BlockOutlet:
     def __init__(self, context: TransferContext, shape: SegmentShape, writer: BlockWriter) -> None:
         self.close = writer.close
         self._context = context
-        self._shape = shape
+        self.shape = shape.written_in_place(context.min_written_layers)
         self._writer = writer
         self._their_split = writer.pool.shape[3] // shape.wire.block_size
         stored = str(writer.pool.dtype).removeprefix("torch.")
@@ -105,8 +108,8 @@ class BlockOutlet:
 
     def prepare(self, hand_off: HandOff, piece: Piece) -> Announced | None:
         """Gathers, converts, writes and digests; all of it has ended when the lease may be taken back again."""
-        context, segment, wire = self._context, piece.segment, kernel_wire(self._shape.wire)
-        items = self._shape.items(segment, hand_off.block_ids)
+        context, segment, wire = self._context, piece.segment, kernel_wire(self.shape.wire)
+        items = self.shape.items(segment, hand_off.block_ids)
         with self._writer.writing(hand_off.lease_id, hand_off.epoch) as block_ids:
             if block_ids is None:
                 return None
@@ -118,7 +121,7 @@ class BlockOutlet:
                 source, target = KVItems(context.pool, ids), KVItems(self._writer.pool, their_ids)
                 digests = context.backend.push_kv(source, target, segment.first_layer, segment.num_layers, wire)
                 announced = unsigned(digests)
-        num_bytes = segment.num_layers * segment.num_blocks * self._shape.layer_block_bytes
+        num_bytes = segment.num_layers * segment.num_blocks * self.shape.layer_block_bytes
         return Announced(num_bytes, announced)
 
     def turn(self) -> AbstractContextManager[None]:

@@ -11,12 +11,15 @@ side that has it, so it is whole blocks of the wire, wherever it ends in a block
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from twostroke_engine.transfer.layout import KVLayout
 from twostroke_engine.transfer.wire import WireFormat
 
 MAX_SEGMENT_BYTES = 32 << 20
+"""Of a segment that takes up memory on its way."""
+MAX_WRITTEN_BYTES = 1 << 30
+"""Of a segment that is written where it belongs."""
 """Larger segments gain no bandwidth and need a larger staging buffer on both sides."""
 
 BEFORE_STEP = -1
@@ -112,6 +115,11 @@ class SegmentShape:
         run = max(1, self.max_bytes // (num_layers * self.layer_block_bytes))
         for start in range(first, end, run):
             yield start, min(run, end - start)
+
+    def written_in_place(self, min_layers: int) -> SegmentShape:
+        """The same for a sender that writes into the receiver's blocks: whole multiples of these layers."""
+        layers = -(-min_layers // self.layers_per_segment) * self.layers_per_segment
+        return replace(self, layers_per_segment=layers, max_bytes=MAX_WRITTEN_BYTES)
 
     def is_boundary(self, layer: int) -> bool:
         """Whether a segment becomes ready by this layer."""

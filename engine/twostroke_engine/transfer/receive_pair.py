@@ -32,7 +32,7 @@ from twostroke_engine.transfer.messages import (
     SegmentReady,
     SegmentResult,
 )
-from twostroke_engine.transfer.plan import MAX_SEGMENT_BYTES, KVSegment, Tiling
+from twostroke_engine.transfer.plan import KVSegment, Tiling
 from twostroke_engine.transfer.wire import WireFormat
 
 _IDLE_S = 5.0
@@ -237,8 +237,8 @@ class ReceivePair:
 
     def _take(self, num_bytes: int) -> tuple[Inlet, Tensor | None]:
         """The announced bytes, unless they are in the blocks already."""
-        most = max(MAX_SEGMENT_BYTES, self._context.spec.block_bytes)
-        if self._inlet is None or not 0 < num_bytes <= most:
+        if self._inlet is None or not 0 < num_bytes <= self._inlet.max_bytes:
+            most = 0 if self._inlet is None else self._inlet.max_bytes
             raise ChannelError(f"a segment of {num_bytes} bytes was announced; at most {most} are taken")
         return self._inlet, self._inlet.take(num_bytes)
 

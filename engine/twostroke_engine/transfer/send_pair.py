@@ -92,6 +92,11 @@ class SendPair:
         """Waits for the thread's end."""
         self._thread.join(timeout_s)
 
+    def ends_segment(self, layer: int) -> bool:
+        """Any thread: whether a segment becomes ready by this layer. Before the greeting has been answered segments are
+        taken to be as small as they may be."""
+        return self._shape.is_boundary(layer)
+
     # ---- calls for the mailbox, all on the pair's thread ---------------------------------------------------------
 
     def begin(self, hand_off: HandOff, refusal: str) -> None:
@@ -195,6 +200,7 @@ class SendPair:
             log.info("pair %s: KV goes over %s as %s", self._pair_id, scheme_of(message.channel), wire)
             channel = self._context.channels.connect(message.channel, self._pair_id)
             self._outlet = outlet_of(self._context, self._shape, channel)
+            self._shape = self._outlet.shape
             self._welcome_due_s = None
 
     def _hear(self, hand_off: HandOff, message: TransferOpened | SegmentResult | TransferClosed) -> None:

@@ -26,7 +26,6 @@ from twostroke_engine.transfer.messages import (
     TransferOpened,
 )
 from twostroke_engine.transfer.outgoing import Outgoing
-from twostroke_engine.transfer.plan import SegmentShape
 from twostroke_engine.transfer.send_pair import CANCELLED, SendPair
 
 _JOIN_S = 0.5
@@ -35,18 +34,18 @@ _JOIN_S = 0.5
 class _StepSink:
     """Tells the pairs of a step's hand-offs of each layer that ends a segment."""
 
-    def __init__(self, shape: SegmentShape, device: DeviceSide, sinks: dict[SendPair, tuple[int, ...]]) -> None:
-        self._shape = shape
+    def __init__(self, device: DeviceSide, sinks: dict[SendPair, tuple[int, ...]]) -> None:
         self._device = device
         self._sinks = sinks
 
     def layer_written(self, layer: int) -> None:
         """Posts; the pairs' threads send while the next layer is computed."""
-        if not self._shape.is_boundary(layer):
+        listening = [pair for pair in self._sinks if pair.ends_segment(layer)]
+        if not listening:
             return
         mark = self._device.mark()
-        for pair, sink_ids in self._sinks.items():
-            pair.post(pair.layer_written, sink_ids, layer, mark)
+        for pair in listening:
+            pair.post(pair.layer_written, self._sinks[pair], layer, mark)
 
 
 class KVSender:
@@ -111,7 +110,7 @@ class KVSender:
             pair = self._open[chunk.sink_id][1]
             pair.post(pair.chunk, chunk, started)
             sinks[pair] = (*sinks.get(pair, ()), chunk.sink_id)
-        return _StepSink(self._context.shape, self._context.device, sinks)
+        return _StepSink(self._context.device, sinks)
 
     def prompt_computed(self, sink_id: int, first: tuple[FirstToken, ...]) -> None:
         """After the step that ended the prompt: commit once everything was sent."""
