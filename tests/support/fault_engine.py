@@ -174,7 +174,7 @@ def _run_engine(kind: bytes, connection: socket.socket, report_fd: int) -> None:
         if not isinstance(channel, BlockWriter):
             return make_outlet(context, shape, channel)
         writer = FaultyWriter(channel)
-        return FaultyOutlet(make_outlet(context, shape, writer), shape, writer, _state.injector)
+        return FaultyOutlet(make_outlet(context, shape, writer), writer, _state.injector)
 
     outlets: Any = send_pair
     outlets.outlet_of = outlet_of
