@@ -98,7 +98,7 @@ def test_a_release_answers_over_both_pools(release: ChartProcesses) -> None:
     }
 
     def kv_came() -> bool:
-        """A worker tells its load after its tokens, and on a busy machine a first try may have gone on without prefill."""
+        """Load is told after tokens, and on a busy machine a first try may have gone on without prefill."""
         if workers_now()["r-twostroke-decode-0"]["kv_bytes"]:
             return True
         return not release.ask("/v1/completions", body | {"prompt": f"{time.monotonic()} foxes"}).is_success
