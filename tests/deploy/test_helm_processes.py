@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,15 +95,8 @@ def test_a_release_answers_over_both_pools(release: ChartProcesses) -> None:
     assert {worker["endpoint"] for worker in workers.values()} == {
         f"{IP}:{release.port(name, 9000)}" for name in ("prefill", "decode")
     }
-
-    def kv_came() -> bool:
-        """Load is told after tokens, and on a busy machine a first try may have gone on without prefill."""
-        if workers_now()["r-twostroke-decode-0"]["kv_bytes"]:
-            return True
-        return not release.ask("/v1/completions", body | {"prompt": f"{time.monotonic()} foxes"}).is_success
-
-    wait_until(kv_came, 30, "KV came from the prefill worker")
-    assert workers_now()["r-twostroke-decode-0"]["kv_bytes"] > 0
+    # Its load may come after its tokens.
+    wait_until(lambda: workers_now()["r-twostroke-decode-0"]["kv_bytes"] > 0, 10, "KV came from the prefill worker")
 
 
 @pytest.mark.e2e

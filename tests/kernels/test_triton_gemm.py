@@ -69,8 +69,7 @@ def check_linear(rng: torch.Generator, x: Tensor, weight: Tensor, tile: GemmTile
     assert_as_good_as_torch(large_linear(x, weight, bias, config=tile), exact + bias.double(), plain + bias)
     whole = torch.empty(plain.shape, device=DEVICE)
     assert large_linear(x, weight, None, whole, tile) is whole
-    # cuBLAS may sum parts of long rows apart: its float32 sums are then closer than one sum can be.
-    assert_as_good_as_torch(whole, exact, unrounded_linear(x, weight), times=4)
+    assert_as_good_as_torch(whole, exact, unrounded_linear(x, weight))
     residual = normal(rng, *plain.shape, dtype=x.dtype)
     total, plain_total = exact + residual.double() + bias.double(), residual + F.linear(x, weight, bias)
     add_large_linear(residual, x, weight, bias, tile)

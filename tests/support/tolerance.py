@@ -8,8 +8,8 @@ from torch import Tensor
 _FLOOR_IN_EPS = 2.0
 
 
-def assert_as_good_as_torch(out: Tensor, ref64: Tensor, torch_same_dtype: Tensor, times: float = 2) -> None:
-    """The largest and the root mean square error of `out` are at most `times` PyTorch's own, plus a few roundings.
+def assert_as_good_as_torch(out: Tensor, ref64: Tensor, torch_same_dtype: Tensor) -> None:
+    """The largest and the root mean square error of `out` are at most twice PyTorch's own, plus a few roundings.
 
     The floor is two units of the dtype's rounding at the largest magnitude for the largest error, and at the root mean
     square for the other.
@@ -22,9 +22,9 @@ def assert_as_good_as_torch(out: Tensor, ref64: Tensor, torch_same_dtype: Tensor
     eps = torch.finfo(out.dtype).eps
     error, allowed = (out.double() - ref64).abs(), (torch_same_dtype.double() - ref64).abs()
     floor = _FLOOR_IN_EPS * eps
-    worst, worst_allowed = float(error.max()), times * float(allowed.max()) + floor * float(ref64.abs().max())
+    worst, worst_allowed = float(error.max()), 2 * float(allowed.max()) + floor * float(ref64.abs().max())
     assert worst <= worst_allowed, f"largest error {worst:.3g}, allowed {worst_allowed:.3g}"
-    usual, usual_allowed = _rms(error), times * _rms(allowed) + floor * _rms(ref64)
+    usual, usual_allowed = _rms(error), 2 * _rms(allowed) + floor * _rms(ref64)
     assert usual <= usual_allowed, f"root mean square error {usual:.3g}, allowed {usual_allowed:.3g}"
 
 
